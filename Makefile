@@ -1,0 +1,40 @@
+# `make` alone lists the targets. Each installs what it needs into .venv first, from the tested versions
+# in constraints.txt.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: .venv/embedded  ## send a batch of invented messages, from PostgreSQL to a pretended Mac, in under a minute
+	@$(BIN)/python demo/demo.py
+
+run: .venv/embedded  ## server and dispatcher over the embedded PostgreSQL in ./pgdata, until Ctrl-C
+	@$(BIN)/python demo/demo.py --run
+
+test: .venv/test  ## run the tests
+	$(BIN)/python -m pytest
+
+faults: .venv/faults  ## kill every process at every step, and then at random, in two minutes or three
+	$(BIN)/python -m pytest -m faults -p no:randomly
+
+SECONDS ?= 3600
+soak: .venv/faults  ## break everything at random for an hour, or `make soak SECONDS=600`
+	@PYTHONPATH=. $(BIN)/python tests/campaign.py --seconds $(SECONDS) --seed $(or $(SEED),1)
+
+bench: .venv/bench  ## measure the product beside its limits and its peers, in a quarter of an hour or so
+	@$(BIN)/python demo/bench.py
+
+lint: .venv/lint  ## formatting, lints and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy .
+
+# One stamp for each set of packages; a change of the versions installs anew.
+.venv/%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
+	@touch $@
+
+.PHONY: help demo run test faults soak bench lint
