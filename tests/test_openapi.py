@@ -1,0 +1,174 @@
+"""openapi.yaml against the running server: every status that it promises is provoked, and has the promised form."""
+
+import re
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import jsonschema
+import pytest
+import requests
+import yaml
+from conftest import ROOT, SERVICE_TOKEN, World
+
+import db
+import send_queue_server
+import service
+
+CONTRACT = yaml.safe_load((ROOT / "openapi.yaml").read_text())
+PENDING = "/client/imessage/send-queue/pending"
+RESULT = "/client/imessage/send-queue/{id}/result"
+ENQUEUE = "/admin/send-queue/enqueue"
+STATUS = "/admin/send-queue/status"
+TOO_LONG = b"x" * 70_000
+
+PROMISES = [
+    (path, method, int(status))
+    for path, operations in CONTRACT["paths"].items()
+    for method, operation in operations.items()
+    for status in operation["responses"]
+]
+
+
+class Api:
+    """The server with one device, one message in its queue and one that was sent."""
+
+    def __init__(self, base_url: str, world: World) -> None:
+        self.base_url, self.world = base_url, world
+        self.device_id = world.device("mac-mini")
+        self.queued, self.sent = (self.enqueue().json()["data"]["sendQueueId"] for _ in range(2))
+        self.result({"status": "sent"}, queue_id=self.sent)
+
+    def call(self, method: str, path: str, token: str | None, **body: Any) -> requests.Response:
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        return requests.request(method, self.base_url + path, headers=headers, timeout=5, **body)
+
+    def pending(self, token: str | None = "mac-mini") -> requests.Response:
+        return self.call("GET", PENDING, token)
+
+    def result(self, body: object, queue_id: str | None = None, token: str | None = "mac-mini") -> requests.Response:
+        return self.call("POST", RESULT.format(id=queue_id or self.queued), token, json=body)
+
+    def enqueue(self, token: str | None = SERVICE_TOKEN, **fields: object) -> requests.Response:
+        message = {
+            "batchItemId": str(uuid.uuid4()),
+            "deviceId": self.device_id,
+            "toHandle": "+14155550123",
+            "body": "Hi",
+        }
+        return self.call("POST", ENQUEUE, token, json=message | fields)
+
+    def conflict(self) -> requests.Response:
+        item_id = str(uuid.uuid4())
+        self.enqueue(batchItemId=item_id)
+        return self.enqueue(batchItemId=item_id, body="other")
+
+
+PROVOKED: dict[tuple[str, int], Callable[[Api], requests.Response]] = {
+    (PENDING, 200): lambda api: api.pending(),
+    (PENDING, 401): lambda api: api.pending(token=None),
+    (PENDING, 405): lambda api: api.call("POST", PENDING, None),
+    (RESULT, 200): lambda api: api.result({"status": "failed", "error": None}),
+    (RESULT, 400): lambda api: api.result({"status": "gone"}),
+    (RESULT, 401): lambda api: api.result({"status": "sent"}, token="wrong"),
+    (RESULT, 404): lambda api: api.result({"status": "sent"}, queue_id="unknown"),
+    (RESULT, 405): lambda api: api.call("GET", RESULT.format(id=api.queued), None),
+    (RESULT, 409): lambda api: api.result({"status": "failed"}, queue_id=api.sent),
+    (RESULT, 413): lambda api: api.call("POST", RESULT.format(id=api.queued), "mac-mini", data=TOO_LONG),
+    (ENQUEUE, 200): lambda api: api.enqueue(),
+    (ENQUEUE, 400): lambda api: api.enqueue(body=""),
+    (ENQUEUE, 401): lambda api: api.enqueue(token=None),
+    (ENQUEUE, 405): lambda api: api.call("DELETE", ENQUEUE, None),
+    (ENQUEUE, 409): lambda api: api.conflict(),
+    (ENQUEUE, 413): lambda api: api.call("POST", ENQUEUE, SERVICE_TOKEN, data=TOO_LONG),
+    (STATUS, 200): lambda api: api.call("GET", STATUS, SERVICE_TOKEN),
+    (STATUS, 401): lambda api: api.call("GET", STATUS, "mac-mini"),
+    (STATUS, 405): lambda api: api.call("POST", STATUS, SERVICE_TOKEN),
+    ("/healthz", 200): lambda api: api.call("GET", "/healthz", None),
+    ("/healthz", 405): lambda api: api.call("POST", "/healthz", None),
+}
+ASKED: dict[str, Callable[[Api], requests.Response]] = {
+    PENDING: lambda api: api.pending(),
+    RESULT: lambda api: api.result({"status": "sent"}),
+    ENQUEUE: lambda api: api.enqueue(),
+    STATUS: lambda api: api.call("GET", STATUS, SERVICE_TOKEN),
+    "/healthz": lambda api: api.call("GET", "/healthz", None),
+}
+
+
+def schema_of(definition: dict[str, Any]) -> dict[str, Any]:
+    """A JSON Schema of an OpenAPI 3.0 one: its references resolved, its `nullable` a type."""
+    if "$ref" in definition:
+        target: Any = CONTRACT
+        for name in definition["$ref"].removeprefix("#/").split("/"):
+            target = target[name]
+        return schema_of(target)
+    schema = {key: schema_of(value) if isinstance(value, dict) else value for key, value in definition.items()}
+    return {**schema, "type": [schema["type"], "null"]} if schema.get("nullable") is True else schema
+
+
+def check(answer: requests.Response, path: str, method: str, status: int) -> None:
+    """The answer has the status, the headers, the type and the form that the contract promises."""
+    assert answer.status_code == status, answer.text
+    promised = schema_of(CONTRACT["paths"][path][method]["responses"][str(status)])
+    for name, header in promised.get("headers", {}).items():
+        jsonschema.validate(answer.headers.get(name), header["schema"])
+    [(media_type, content)] = promised["content"].items()
+    assert answer.headers["Content-Type"] == media_type
+    jsonschema.validate(answer.json(), content["schema"], format_checker=jsonschema.FormatChecker())
+
+
+def test_the_contract_names_every_route(databases: object) -> None:
+    app = send_queue_server.make_app(db.Database(""), SERVICE_TOKEN)
+    routes = {
+        (route.rule.replace("<queue_id>", "{id}"), route.method) for route in app.routes if route.method != "HEAD"
+    }
+    assert routes == {(path, method.upper()) for path, method, _ in PROMISES}
+
+
+def test_every_promised_answer_is_given(world: World, base_url: str) -> None:
+    for path, method, status in PROMISES:
+        if status not in (500, 503):
+            world.icloud("TRUNCATE icloud.devices CASCADE")
+            check(PROVOKED[path, status](Api(base_url, world)), path, method, status)
+
+
+def test_a_failing_statement_and_a_database_that_is_away_are_answered_as_promised(
+    world: World, base_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = Api(base_url, world)
+    world.icloud("ALTER SCHEMA icloud RENAME TO elsewhere")
+    for path, method in {(path, method) for path, method, _ in PROMISES if path != "/healthz"}:
+        check(ASKED[path](api), path, method, 500)
+    monkeypatch.setattr(db.Database, "query", unavailable)
+    for path, method in {(path, method) for path, method, _ in PROMISES}:
+        check(ASKED[path](api), path, method, 503)
+
+
+def unavailable(*_: object) -> None:
+    raise db.Unavailable("no connection")
+
+
+# What \s is in ECMA's regular expressions, which clients are generated for: without the U+0085 that it has in Python's.
+# U+FEFF is a space in ECMA's alone. No address has one, so that difference may stay.
+ECMA_SPACE = r"\t-\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+ONLY_ECMAS_SPACE = 0xFEFF
+
+
+def test_the_contract_and_the_server_take_the_same_handles() -> None:
+    pattern = CONTRACT["components"]["schemas"]["Enqueue"]["properties"]["toHandle"]["pattern"]
+    # ECMA's $ is the very end, where Python's also stands before a last newline.
+    promised = re.compile(pattern.replace(r"\s", ECMA_SPACE).removesuffix("$") + r"\Z")
+    digits = ["12", "123", "1" * 15, "1" * 16, "+123", "++123", "+1 (415) 555-0123", "123 ", "123\n", "1/23", "٣٣٣"]
+    addresses = ["a@b.de", "a@b", "@b.de", "a@.de", "a@b.", "a@b@c.de", "a@b.de\n", "a@b.c.de", ""]
+    characters = [chr(code) for code in range(0x10000) if code != ONLY_ECMAS_SPACE]
+    anywhere = [text for one in characters for text in (f"{one}@b.de", f"a@{one}.de", f"a@b.{one}")]
+    for handle in [*digits, *addresses, *anywhere]:
+        assert bool(promised.search(handle)) is bool(service.HANDLE.fullmatch(handle)), handle.encode("unicode_escape")
+
+
+def test_the_examples_of_the_contract_are_of_its_form() -> None:
+    for name in ("Enqueue", "Result", "Message"):
+        for definition in CONTRACT["components"]["schemas"][name]["properties"].values():
+            if "example" in definition:
+                jsonschema.validate(definition["example"], schema_of(definition))
