@@ -1,0 +1,319 @@
+"""What must always hold, a test each. The files named after the scripts have the many cases around each of these."""
+
+import contextlib
+import logging
+import threading
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import requests
+import schedule
+from conftest import SERVICE_TOKEN, Script, World, until
+from test_dispatcher import HANDLE, WAITING, poll, quiet_now, report, row_statuses, run_dispatch, spied, sync, tick
+from test_pacing import Crash, CrashingMacSync
+
+import db
+import dispatcher
+
+
+@pytest.fixture(autouse=True)
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a new process would find: nothing told, stopped or scheduled yet. And no pause between retries."""
+    monkeypatch.setattr(dispatcher, "RETRY_PAUSE", 0)
+    monkeypatch.setattr(dispatcher, "story", dispatcher.Story())
+    dispatcher.stop.clear()
+    schedule.clear()
+    yield
+    dispatcher.stop.clear()
+    schedule.clear()
+
+
+def test_1_one_message_is_one_row_though_dispatcher_and_server_are_killed_after_the_commit(
+    world: World, server: tuple[Script, str], base_url: str
+) -> None:
+    device_id, item_id = world.device("mini"), world.item(world.batch())
+    # The server dies while its INSERT waits for a rival's of the same item. When that is rolled back, PostgreSQL
+    # commits the server's all the same, for nobody.
+    insert = """
+        INSERT INTO icloud.send_queue (device_id, to_handle, body, batch_item_id)
+        VALUES (%(device_id)s, '+14155550123', 'Hello!', %(item_id)s)
+    """
+    with contextlib.closing(db.connect(world.databases.icloud_url)) as rival, ThreadPoolExecutor() as threads:
+        rival.autocommit = False
+        db.query(rival, insert, {"device_id": device_id, "item_id": item_id})
+        asked = threads.submit(tick, world, dispatcher.MacSync(server[1], SERVICE_TOKEN))
+        until(lambda: world.icloud(WAITING), 2)
+        server[0].process.kill()
+        with pytest.raises(dispatcher.Outage):
+            asked.result(10)
+        rival.rollback()
+    until(lambda: world.icloud("SELECT 1 FROM icloud.send_queue"))
+    # The dispatcher dies between the answer of that server's successor and its own record of it.
+    victim = CrashingMacSync(base_url, SERVICE_TOKEN)
+    victim.crash = True
+    with pytest.raises(Crash):
+        tick(world, victim)
+    assert report(base_url, "mini") == 1
+    # Its successor asks once more, although the message is sent by now.
+    tick(world, dispatcher.MacSync(base_url, SERVICE_TOKEN))
+    sync(world)
+    assert row_statuses(world) == [("sent", False)]
+    assert world.statuses() == ["sent"]
+
+
+def test_2_every_item_ends_with_a_reason_or_is_visibly_waiting(
+    world: World, base_url: str, mac_sync: dispatcher.MacSync
+) -> None:
+    world.device("mini")
+    clients = [
+        world.client(),
+        world.client(handle=None),
+        world.client("no handle at all"),
+        world.client(),
+        world.client(),
+    ]
+    batch_id = world.batch(clients)
+    stopped = world.batch(clients=1, status="paused")
+    for turn in range(6):
+        run_dispatch(dispatcher.MacSync("http://127.0.0.1:1", SERVICE_TOKEN))
+        sync(world)
+        tick(world, mac_sync)
+        report(base_url, "mini", "failed" if turn == 0 else "sent")
+        sync(world)
+    assert world.statuses(batch_id) == ["failed", "skipped", "failed", "sent", "sent"]
+    assert world.statuses(stopped) == ["pending"]
+    ended = "SELECT failure_reason IS NOT NULL FROM outreach_batch_items WHERE status IN ('failed', 'skipped')"
+    assert world.quinn(ended) == [(True,)] * 3
+
+
+def test_3_sent_plus_in_flight_stays_within_the_limit_while_the_device_is_off_all_day(
+    world: World, base_url: str, mac_sync: dispatcher.MacSync
+) -> None:
+    world.device("mini")
+    world.settings(max_per_minute=2, max_per_hour=3)
+    for _ in range(5):
+        world.batch(clients=5)
+    for _ in range(5):
+        tick(world, mac_sync)
+        world.quinn(
+            "UPDATE outreach_batch_items SET queued_at = queued_at - interval '5 hours' WHERE status = 'queued'"
+        )
+        sync(world)
+    assert report(base_url, "mini") == 2  # all that the device finds when it wakes
+    sync(world)
+    tick(world, mac_sync)
+    assert poll(base_url, "mini") == []  # the minute's two are sent
+    world.quinn("UPDATE outreach_batch_items SET sent_at = sent_at - interval '1 minute' WHERE status = 'sent'")
+    tick(world, mac_sync)
+    assert len(poll(base_url, "mini")) == 1  # the hour has a place for one
+
+
+def test_4_nothing_is_handed_out_for_the_first_time_in_quiet_hours_or_while_paused(
+    world: World, base_url: str, mac_sync: dispatcher.MacSync
+) -> None:
+    world.device("mini")
+    batch_id = world.batch(clients=1)
+    world.settings(quiet_hours_start="03:00", quiet_hours_end="03:01", quiet_hours_tz="UTC")
+    tick(world, mac_sync)
+    # Night falls, and the dispatcher is dead.
+    world.icloud("UPDATE icloud.send_queue SET valid_until = now() WHERE valid_until IS NOT NULL")
+    assert poll(base_url, "mini") == []
+    quiet_now(world)
+    sync(world)
+    assert not +tick(world, mac_sync)
+    world.settings(quiet_hours_start=None, quiet_hours_end=None)
+    tick(world, mac_sync)
+    world.settings(paused=True)
+    sync(world)
+    assert poll(base_url, "mini") == []
+    assert world.statuses(batch_id) == ["pending"]
+
+
+def test_5_a_recorded_result_never_changes(world: World, base_url: str, mac_sync: dispatcher.MacSync) -> None:
+    world.device("mini")
+    world.batch(clients=1)
+    tick(world, mac_sync)
+    [message] = poll(base_url, "mini")
+    recorded = []
+    for status, code in (("sent", 200), ("sent", 200), ("failed", 409)):
+        answer = requests.post(
+            f"{base_url}/client/imessage/send-queue/{message['id']}/result",
+            json={"status": status, "error": "late"},
+            headers={"Authorization": "Bearer mini"},
+            timeout=5,
+        )
+        assert answer.status_code == code
+        recorded.append(world.icloud("SELECT * FROM icloud.send_queue"))
+        world.settings(paused=True)
+        sync(world)
+    assert recorded[0] == recorded[1] == recorded[2] == world.icloud("SELECT * FROM icloud.send_queue")
+    assert world.statuses() == ["sent"]
+
+
+def test_6_a_device_sees_and_changes_only_its_own_rows(
+    world: World, base_url: str, mac_sync: dispatcher.MacSync
+) -> None:
+    world.device("mini")
+    world.device("stranger")
+    world.batch(clients=1)
+    tick(world, mac_sync)
+    before = world.icloud("SELECT * FROM icloud.send_queue")
+    assert poll(base_url, "stranger") == []
+    answers = [
+        requests.post(
+            f"{base_url}/client/imessage/send-queue/{row_id}/result",
+            json={"status": "sent"},
+            headers={"Authorization": "Bearer stranger"},
+            timeout=5,
+        )
+        for row_id in (before[0][0], uuid.uuid4())
+    ]
+    assert [answer.status_code for answer in answers] == [404, 404]
+    assert answers[0].content == answers[1].content
+    assert world.icloud("SELECT * FROM icloud.send_queue") == before
+
+
+def test_7_a_job_that_raises_stops_neither_the_other_job_nor_its_own_next_run(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISPATCH_INTERVAL_SECONDS", "1")
+    world.item(world.batch(), status="failed")
+    world.icloud("ALTER TABLE icloud.send_queue RENAME valid_until TO away")  # which breaks the sync job
+    daemon = threading.Thread(target=dispatcher.run_forever, args=(SERVICE_TOKEN,))
+    daemon.start()
+    try:
+        until(lambda: world.quinn("SELECT 1 FROM outreach_batches WHERE status = 'sent'"))
+        world.icloud("ALTER TABLE icloud.send_queue RENAME away TO valid_until")
+        until(lambda: world.quinn("SELECT 1 FROM outreach_settings WHERE last_synced_at IS NOT NULL"))
+    finally:
+        dispatcher.stop.set()
+        daemon.join()
+
+
+def test_8_no_statement_of_a_poll_a_tick_or_a_sync_reads_through_the_history(
+    world: World, base_url: str, mac_sync: dispatcher.MacSync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history(world)
+    world.settings(max_per_minute=50, max_per_day=100_000, min_gap_seconds=1)
+    for _ in range(3):
+        world.batch(clients=2)
+    item_id = world.item(world.batch(), status="queued")
+    statements = spied(monkeypatch)
+    with contextlib.suppress(dispatcher.Outage):
+        tick(world, dispatcher.MacSync("http://127.0.0.1:1", SERVICE_TOKEN))  # leaves claims behind
+    sync(world)
+    tick(world, mac_sync)
+    report(base_url, "mini")
+    sync(world)
+    monkeypatch.undo()
+    assert world.quinn("SELECT status FROM outreach_batch_items WHERE id = %(id)s", id=item_id) == [("failed",)]
+    assert len({sql for sql, _ in statements}) > 15
+    for sql, params in statements:
+        look = world.databases.icloud if "icloud." in sql else world.databases.quinn
+        [([plan],)] = db.query(look, "EXPLAIN (FORMAT JSON) " + sql, params)
+        reads = [
+            node for node in nodes(plan["Plan"]) if node.get("Relation Name") in ("send_queue", "outreach_batch_items")
+        ]
+        assert not [node for node in reads if node["Node Type"] == "Seq Scan"], sql
+        whole = [
+            node["Index Name"] for node in nodes(plan["Plan"]) if "Index Name" in node and "Index Cond" not in node
+        ]
+        assert not [name for name in whole if name not in ALIVE], (sql, whole)
+
+
+# Indexes that hold nothing but what is in flight: these may be read whole.
+ALIVE = {"send_queue_uncollected", "send_queue_waiting", "outreach_batch_items_queued", "outreach_batch_items_claimed",
+         "outreach_batches_sending"}  # fmt: skip
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A plan's node and all below it."""
+    yield plan
+    for part in plan.get("Plans", []):
+        yield from nodes(part)
+
+
+def history(world: World) -> None:
+    """Twenty thousand messages sent in two hundred batches over as many days, and five thousand of a paused one."""
+    device_id = world.device("mini")
+    rows = """
+        INSERT INTO icloud.send_queue
+               (id, device_id, to_handle, body, status, sent_at, collected_at, batch_item_id, created_at)
+        SELECT md5('row' || n)::uuid, %(device)s, '+14155550123', 'Hello!', 'sent', sent_at, sent_at,
+               md5('item' || n)::uuid, sent_at
+          FROM generate_series(1, 20000) AS n, LATERAL (SELECT now() - n * interval '15 minutes') AS once (sent_at)
+    """
+    batches = """
+        INSERT INTO outreach_batches (id, template, status)
+        SELECT md5('batch' || n)::uuid, 'hello', 'sent' FROM generate_series(0, 199) AS n
+    """
+    items = """
+        INSERT INTO outreach_batch_items
+               (id, batch_id, client_id, rendered_body, status, sent_at, send_queue_id, device_id)
+        SELECT md5('item' || n)::uuid, md5('batch' || n / 101)::uuid, md5('client' || n %% 500)::uuid, 'Hello!', 'sent',
+               now() - n * interval '15 minutes', md5('row' || n)::uuid, %(device)s
+          FROM generate_series(1, 20000) AS n
+    """
+    waiting = """
+        INSERT INTO outreach_batch_items (batch_id, client_id, rendered_body)
+        SELECT %(batch)s, md5('client' || n %% 500)::uuid, 'Hello!' FROM generate_series(1, 5000) AS n
+    """
+    world.icloud(rows, device=device_id)
+    world.quinn(waiting, batch=world.batch(status="paused"))
+    world.quinn(batches)
+    world.quinn(items, device=device_id)
+    world.icloud("ANALYZE")
+    world.quinn("ANALYZE")
+
+
+def test_9_no_log_line_has_a_token_a_body_or_a_full_handle(
+    world: World, base_url: str, mac_sync: dispatcher.MacSync, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    secrets = (HANDLE, "Hello!", SERVICE_TOKEN, "mini-token", "stolen-token")
+    world.device("mini", token="mini-token")
+    world.batch(clients=[world.client(HANDLE), world.client(HANDLE)])
+    refused = dispatcher.MacSync(base_url, "stolen-token-0123456789")
+    with contextlib.suppress(dispatcher.Outage):
+        tick(world, refused)
+    for status in ("sent", "failed"):
+        tick(world, mac_sync)
+        report(base_url, "mini-token", status, error=" ".join(secrets))
+        sync(world)
+    for body in (f"Hello! {HANDLE}", f'{{"toHandle": "{HANDLE}", "body": "Hello!"'):
+        headers = {"Authorization": f"Bearer {SERVICE_TOKEN}"}
+        requests.post(f"{base_url}/admin/send-queue/enqueue", data=body, headers=headers, timeout=5)
+    assert sorted(world.statuses()) == ["failed", "sent"]
+    for event in ("item queued to mac-sync", "message enqueued", "result recorded", "request refused"):
+        assert event in caplog.text
+    assert not [secret for secret in secrets if secret in caplog.text]
+
+
+def test_10_bad_input_is_answered_with_a_4xx_and_a_sentence_and_writes_nothing(world: World, base_url: str) -> None:
+    device_id = world.device("mini")
+    good: dict[str, Any] = {
+        "batchItemId": str(uuid.uuid4()), "deviceId": device_id, "toHandle": "+14155550123", "body": "Hello!",
+    }  # fmt: skip
+    wrong: list[Any] = [None, "", 0, True, [], {}, "\0", "\ud800", "x" * 70_000]
+    bodies: list[Any] = [
+        {**good, name: value} for name in good for value in wrong if (name, value) != ("body", "x" * 70_000)
+    ]
+    bodies += [{name: value for name, value in good.items() if name != left_out} for left_out in good]
+    bodies += [
+        {**good, "deviceId": str(uuid.uuid4())},
+        {**good, "validUntil": "tomorrow"},
+        {**good, "body": "x" * 70_000},
+    ]
+    bodies += [b"", b"null", b"[]", b"{", b'"text"', b"\xff", b"[" * 60_000, b"1e999", b"NaN"]
+    headers = {"Authorization": f"Bearer {SERVICE_TOKEN}"}
+    with requests.Session() as session:
+        for body in bodies:
+            content = {"data": body} if isinstance(body, bytes) else {"json": body}
+            answer = session.post(f"{base_url}/admin/send-queue/enqueue", headers=headers, timeout=5, **content)
+            assert 400 <= answer.status_code < 500, body
+            assert answer.json()["success"] is False
+            assert len(answer.json()["error"]) > 10
+    assert row_statuses(world) == []

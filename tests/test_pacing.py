@@ -1,0 +1,321 @@
+"""The rules of when: quiet hours against PostgreSQL's own calendar, limits against brute force and against the jobs."""
+
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import hypothesis.strategies as st
+import pytest
+from conftest import SERVICE_TOKEN, World
+from hypothesis import HealthCheck, example, given, settings
+
+import db
+import dispatcher
+import pacing
+
+# With daylight saving of an hour, of half an hour, in the south, with half hours and quarters of one in the offset.
+ZONES = (
+    "Europe/Berlin", "America/New_York", "America/St_Johns", "Australia/Lord_Howe", "Pacific/Chatham",
+    "Australia/Adelaide", "America/Havana", "Asia/Kathmandu", "UTC",
+)  # fmt: skip
+NOW = datetime(2026, 4, 22, 12, 0, tzinfo=UTC)
+MIDNIGHT = datetime(2026, 1, 1, tzinfo=UTC)
+NO_LIMITS = pacing.Settings(False, None, None, None, None, None, None, None, None)
+
+
+@pytest.fixture(autouse=True)
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a new process would find: no quiet hours read and nothing told yet."""
+    pacing.quiet_hours.cache_clear()
+    monkeypatch.setattr(dispatcher, "story", dispatcher.Story())
+
+
+@pytest.fixture(scope="module")
+def postgres_clock(postgres: str) -> Iterator[Any]:
+    """A connection that knows the time zones; no tables are needed."""
+    with contextlib.closing(db.connect(postgres)) as conn:
+        yield conn
+
+
+# --- quiet hours --------------------------------------------------------------------------------------
+
+
+@functools.cache
+def clock_changes(zone: str) -> list[datetime]:
+    """The days around which the zone's clocks change, in 2024 to 2026."""
+    days = [datetime(2024, 1, 1, tzinfo=UTC) + timedelta(days=n) for n in range(3 * 365)]
+    offsets = [day.astimezone(ZoneInfo(zone)).utcoffset() for day in days]
+    return [day for day, before, after in zip(days, offsets, offsets[1:], strict=False) if before != after] or days[:1]
+
+
+def instants(zone: str) -> st.SearchStrategy[tuple[str, datetime]]:
+    """A zone, and an instant within two days of one of its clock changes, with seconds."""
+    seconds = st.integers(-86_400, 2 * 86_400)
+    return st.tuples(
+        st.just(zone),
+        st.builds(lambda day, s: day + timedelta(seconds=s), st.sampled_from(clock_changes(zone)), seconds),
+    )
+
+
+# Clocks change at night: half of the boundaries lie there.
+minutes = st.integers(0, 1439) | st.integers(0, 4 * 60)
+
+
+def hhmm(minute: int) -> str:
+    return f"{minute // 60:02}:{minute % 60:02}"
+
+
+ORACLE = """
+    WITH minute AS (
+        SELECT moment, (moment AT TIME ZONE %(zone)s)::time AS wall
+          FROM (SELECT %(moment)s::timestamptz
+                 UNION ALL
+                SELECT generate_series(date_trunc('minute', %(moment)s::timestamptz) + interval '1 minute',
+                                       %(moment)s::timestamptz + interval '50 hours', interval '1 minute')
+               ) AS looked_at (moment)
+    ), judged AS (
+        SELECT moment,
+               CASE WHEN %(start)s::time < %(end)s::time THEN wall >= %(start)s::time AND wall < %(end)s::time
+                    ELSE wall >= %(start)s::time OR wall < %(end)s::time END AS quiet
+          FROM minute
+    )
+    SELECT (SELECT quiet FROM judged WHERE moment = %(moment)s),
+           (SELECT min(moment) FROM judged WHERE quiet AND moment > %(moment)s),
+           (SELECT min(moment) FROM judged WHERE NOT quiet AND moment > %(moment)s)
+"""
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(where=st.sampled_from(ZONES).flatmap(instants), start=minutes, end=minutes)
+@example(("Europe/Berlin", datetime(2026, 3, 29, 0, 59, 59, tzinfo=UTC)), 120, 180)  # an hour that does not exist
+@example(("Europe/Berlin", datetime(2026, 10, 25, 0, 30, tzinfo=UTC)), 120, 150)  # one that comes twice
+@example(("UTC", datetime(2026, 1, 1, 20, 59, 59, 999999, tzinfo=UTC)), 1260, 480)
+def test_quiet_hours_agree_with_postgresql(
+    postgres_clock: Any, where: tuple[str, datetime], start: int, end: int
+) -> None:
+    zone, moment = where
+    if start == end:
+        return
+    parameters = {"zone": zone, "moment": moment, "start": hhmm(start), "end": hhmm(end)}
+    [(quiet, next_quiet, next_loud)] = db.query(postgres_clock, ORACLE, parameters)
+    hours = pacing.quiet_hours(hhmm(start), hhmm(end), zone)
+    assert hours
+    assert hours.cover(moment) is quiet
+    assert hours.next(moment, covered=True) == next_quiet
+    assert hours.next(moment, covered=False) == next_loud
+
+
+def test_quiet_hours_begin_with_their_first_minute_and_end_before_their_last() -> None:
+    for start, end in ((21 * 60, 8 * 60), (13 * 60, 14 * 60)):
+        hours = pacing.QuietHours(start, end, ZoneInfo("UTC"))
+        second = timedelta(seconds=1)
+        first, last = MIDNIGHT + timedelta(minutes=start), MIDNIGHT + timedelta(minutes=end)
+        covered = [hours.cover(moment) for moment in (first - second, first, last - second, last)]
+        assert covered == [False, True, True, False]
+
+
+@pytest.mark.parametrize(("zone", "utc_hour"), [("America/New_York", 12), ("Asia/Kathmandu", 2)])
+def test_without_a_zone_quiet_hours_go_by_the_hosts_local_time(
+    monkeypatch: pytest.MonkeyPatch, zone: str, utc_hour: int
+) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        hours = pacing.quiet_hours("07:00", "09:00", None)
+        assert hours
+        assert hours.cover(datetime(2026, 1, 15, utc_hour, 30, tzinfo=UTC))
+        assert not hours.cover(datetime(2026, 1, 15, utc_hour + 3, 30, tzinfo=UTC))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+@pytest.mark.parametrize(
+    ("text", "minute"),
+    [("00:00", 0), ("7:05", 425), ("07:05", 425), ("23:59", 1439), (" 21:00 ", 1260), ("21:00:00", 1260)],
+)
+def test_the_ways_to_write_a_time_of_day(text: str, minute: int) -> None:
+    hours = pacing.quiet_hours(text, "12:34", "UTC")
+    assert hours == pacing.QuietHours(minute, 754, ZoneInfo("UTC"))
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "zone"),
+    [
+        ("25:00", "08:00", None), ("24:00", "08:00", None), ("21:60", "08:00", None), ("2100", "08:00", None),
+        ("9 pm", "08:00", None), ("21:00:30", "08:00", None), ("21:00", "8", None), ("２１:00", "08:00", None),
+        ("21:00", None, None), (None, "08:00", None), ("21:00", "", None), ("08:00", "08:00", None),
+        ("21:00", "08:00", "Europe/Atlantis"), ("21:00", "08:00", "../etc/passwd"), ("21:00", "08:00", "Europe"),
+        ("21:00", "08:00", "Ä" * 300), ("21:00", "08:00", "UTC+1 or so"),
+    ],
+)  # fmt: skip
+def test_quiet_hours_that_cannot_be_read_are_disabled_with_one_warning(
+    caplog: pytest.LogCaptureFixture, start: str | None, end: str | None, zone: str | None
+) -> None:
+    pace = pacing.Pace(
+        NO_LIMITS._replace(quiet_hours_start=start, quiet_hours_end=end, quiet_hours_tz=zone), NOW, 0, []
+    )
+    for _ in range(3):
+        assert pacing.closed(pace) is None
+        assert pacing.next_quiet_hours(pace) is None
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "quiet hours are disabled" in caplog.text
+
+
+@given(st.text(), st.text(), st.none() | st.text(st.characters(codec="utf-8", exclude_characters="\0")))
+@settings(max_examples=50)
+def test_no_text_in_the_settings_stops_a_tick(start: str, end: str, zone: str | None) -> None:
+    pacing.quiet_hours(start, end, zone)
+    pacing.quiet_hours("21:00", "08:00", zone)
+
+
+def test_without_quiet_hours_there_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    for nothing in (None, ""):
+        assert pacing.quiet_hours(nothing, nothing, "Europe/Atlantis") is None
+    assert not caplog.records
+
+
+def test_quiet_hours_in_columns_of_type_time_are_read(world: World) -> None:
+    for column in ("quiet_hours_start", "quiet_hours_end"):
+        world.quinn(f"ALTER TABLE outreach_settings ALTER {column} TYPE TIME USING {column}::time")
+    world.settings(quiet_hours_start="00:00", quiet_hours_end="23:59", quiet_hours_tz="UTC")
+    pace = pacing.read(world.databases.quinn)
+    assert pace
+    assert pacing.quiet_hours(*pace.settings[1:4]) == pacing.QuietHours(0, 1439, ZoneInfo("UTC"))
+
+
+def test_the_gate_of_quiet_hours_says_when_it_opens() -> None:
+    night = NO_LIMITS._replace(quiet_hours_start="11:00", quiet_hours_end="14:30", quiet_hours_tz="UTC")
+    gate = pacing.closed(pacing.Pace(night, NOW, 0, []))
+    assert gate
+    assert gate.until == NOW.replace(hour=14, minute=30)
+    assert str(gate) == "quiet hours until=2026-04-22T14:30:00+00:00"
+    assert str(pacing.closed(pacing.Pace(night._replace(paused=True), NOW, 0, []))) == "paused"
+
+
+# --- limits -------------------------------------------------------------------------------------------
+
+limit_values = st.none() | st.integers(0, 6)
+send_times = st.lists(st.integers(-120, 90_000) | st.integers(0, 70), max_size=12)  # seconds ago
+
+
+@given(limit_values, limit_values, limit_values, st.integers(0, 5), send_times)
+@settings(max_examples=300, deadline=None)
+def test_a_place_falls_free_at_the_first_instant_that_has_one(
+    minute: int | None, hour: int | None, day: int | None, in_flight: int, sent_ago: list[int]
+) -> None:
+    limits: dict[str, Any] = {"max_per_minute": minute, "max_per_hour": hour, "max_per_day": day}
+    every_sent = sorted((NOW - timedelta(seconds=seconds) for seconds in sent_ago), reverse=True)
+    read = every_sent[: max((limit for limit in limits.values() if limit is not None), default=0)]  # what read() reads
+    pace = pacing.Pace(NO_LIMITS._replace(**limits), NOW, in_flight, read)
+    places = []
+    for usage in pacing.usages(pace):
+        window, most = pacing.WINDOWS[usage.limit], limits[usage.limit]
+        assert most is not None
+
+        def used(moment: datetime, window: timedelta = window) -> int:
+            return sum(sent > moment - window for sent in every_sent) + in_flight
+
+        assert usage.used == used(NOW) or usage.used >= most
+        opening = [sent + window for sent in every_sent if used(sent + window) < most and sent + window > NOW]
+        assert usage.free_at == (min(opening, default=None) if used(NOW) >= most else None)
+        places.append(max(most - used(NOW), 0))
+    assert pacing.room(pace) == min(places, default=None)
+    assert (pacing.limited(pace) is None) == (pacing.room(pace) != 0)
+
+
+def test_of_several_limits_the_one_that_opens_last_is_named() -> None:
+    limits = NO_LIMITS._replace(max_per_minute=1, max_per_hour=1)
+    gate = pacing.limited(pacing.Pace(limits, NOW, 0, [NOW]))
+    assert str(gate) == "limit reached limit=max_per_hour used=1 of=1 until=2026-04-22T13:00:00+00:00"
+    gate = pacing.limited(pacing.Pace(limits, NOW, 1, []))
+    assert str(gate) == "limit reached limit=max_per_minute used=1 of=1"  # nothing but a result opens it
+
+
+class Crash(BaseException):
+    """The end of the process, at this very instruction."""
+
+
+class CrashingMacSync(dispatcher.MacSync):
+    """Dies after the server has committed and before the answer is recorded, when told so."""
+
+    crash = False
+
+    def enqueue(self, *arguments: Any) -> str:
+        queue_id = super().enqueue(*arguments)
+        if self.crash:
+            raise Crash
+        return queue_id
+
+
+STEPS = st.one_of(
+    st.just("cycle"), st.just("cycle"), st.just("tick"), st.just("sync"), st.just("crash"),
+    st.just("poll"), st.just("sent"), st.just("failed"), st.just("pause"), st.just("resume"),
+    st.sampled_from([1, 59, 61, 1800, 3601, 80_000, -90, -3600]),  # seconds that the clock moves
+)  # fmt: skip
+POLL = "UPDATE icloud.send_queue SET collected_at = now() WHERE status = 'queued'"
+RESULT = """
+    UPDATE icloud.send_queue SET status = %(status)s, sent_at = CASE WHEN %(status)s = 'sent' THEN now() END
+     WHERE id = (SELECT id FROM icloud.send_queue WHERE status = 'queued' AND collected_at IS NOT NULL LIMIT 1)
+"""
+USED = """
+    SELECT count(*) FILTER (WHERE status = 'queued' OR sent_at > now() - interval '1 minute'),
+           count(*) FILTER (WHERE status = 'queued' OR sent_at > now() - interval '1 hour'),
+           count(*) FILTER (WHERE status = 'queued' OR sent_at > now() - interval '1 day'),
+           count(*) FILTER (WHERE status <> 'failed') - count(DISTINCT batch_item_id) FILTER (WHERE status <> 'failed')
+      FROM icloud.send_queue
+"""
+
+
+def take(world: World, mac_sync: CrashingMacSync, step: str | int) -> None:
+    """One event of a day: of the dispatcher, the device, the operator or the clock."""
+    databases = world.databases.quinn, world.databases.icloud
+    if isinstance(step, int):
+        # Moving all that was written into the past is moving the clock on.
+        for query, table in ((world.quinn, "outreach_batch_items"), (world.icloud, "icloud.send_queue")):
+            query(f"UPDATE {table} SET sent_at = sent_at - make_interval(secs => %(s)s) WHERE status = 'sent'", s=step)
+    elif step in ("pause", "resume"):
+        world.settings(paused=step == "pause")
+    elif step == "poll":
+        world.icloud(POLL)
+    elif step in ("sent", "failed"):
+        world.icloud(RESULT, status=step)
+    else:
+        mac_sync.crash = step == "crash"
+        if step in ("cycle", "sync"):
+            dispatcher.sync(*databases)
+        if step != "sync":
+            with contextlib.suppress(Crash):
+                dispatcher.dispatch(*databases, mac_sync)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    steps=st.lists(STEPS, min_size=10, max_size=30),
+    limits=st.tuples(*[st.none() | st.integers(1, 4)] * 3).filter(any),
+)
+@example(["crash", "sent", "cycle", "poll", "cycle", "sent", "crash", "tick", "cycle"], (2, None, None))
+@example(["tick", "poll", 80_000, "tick", "sent", "tick", "sent", "cycle", "cycle"], (None, 1, 3))
+@example(["cycle", "poll", "sent", 3601] * 5, (None, 1, 3))
+def test_in_no_window_is_sent_plus_in_flight_above_a_limit(
+    world: World, base_url: str, steps: list[str | int], limits: tuple[int | None, ...]
+) -> None:
+    world.quinn("TRUNCATE outreach_batches CASCADE")
+    world.icloud("TRUNCATE icloud.devices CASCADE")
+    world.settings(paused=False, **dict(zip(pacing.WINDOWS, limits, strict=True)))
+    world.device()
+    client_id = world.client()
+    for _ in range(3):
+        world.batch(clients=[client_id] * 4)
+    mac_sync = CrashingMacSync(base_url, SERVICE_TOKEN)
+    with mac_sync.session:
+        for step in steps:
+            take(world, mac_sync, step)
+            *used, doubled = world.icloud(USED)[0]
+            assert all(limit is None or count <= limit for count, limit in zip(used, limits, strict=True)), (step, used)
+            assert doubled == 0
