@@ -1,0 +1,189 @@
+"""The forecast, held against what the real jobs then do; and that of a draft."""
+
+import random
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from conftest import World
+
+import dispatcher
+import pacing
+import status
+
+# Moving all that was written into the past is moving the clock on.
+SHIFTS = {
+    "quinn": (
+        "UPDATE outreach_batch_items SET sent_at = sent_at - {0}, updated_at = updated_at - {0},"
+        " created_at = created_at - {0}, claimed_at = claimed_at - {0}, queued_at = queued_at - {0}",
+        "UPDATE outreach_batches SET last_served_at = last_served_at - {0}, created_at = created_at - {0}",
+        "UPDATE outreach_settings SET last_synced_at = last_synced_at - {0}",
+    ),
+    "icloud": (
+        "UPDATE icloud.send_queue SET sent_at = sent_at - {0}, updated_at = updated_at - {0},"
+        " created_at = created_at - {0}, collected_at = collected_at - {0}, valid_until = valid_until - {0}",
+        "UPDATE icloud.devices SET last_seen_at = last_seen_at - {0}",
+    ),
+}
+ANSWER = timedelta(seconds=10)  # after the tick; longer than a tick takes here, and shorter than any interval
+MOST_TICKS = 150
+
+
+@pytest.fixture(autouse=True)
+def fresh_process() -> None:
+    """What a new process would find: no quiet hours read and nothing told yet."""
+    pacing.quiet_hours.cache_clear()
+    dispatcher.story.last = ""
+
+
+class Days:
+    """A world whose clock the test moves, and whose device answers each message shortly after its tick."""
+
+    def __init__(self, world: World, mac_sync: dispatcher.MacSync, interval: timedelta) -> None:
+        self.world, self.mac_sync, self.interval = world, mac_sync, interval
+        self.moved = timedelta(0)
+        self.quiet: tuple[int, int] | None = None  # minutes of the day
+
+    def pass_time(self, length: timedelta) -> None:
+        for query, statements in ((self.world.quinn, SHIFTS["quinn"]), (self.world.icloud, SHIFTS["icloud"])):
+            for statement in statements:
+                query(statement.format(f"interval '{length.total_seconds()} seconds'"))
+        self.moved += length
+        if self.quiet:
+            # Quiet hours are the one instant that is not in a row's past: they come nearer.
+            minutes = [(edge - self.moved // timedelta(minutes=1)) % 1440 for edge in self.quiet]
+            start, end = (f"{minute // 60:02}:{minute % 60:02}" for minute in minutes)
+            self.world.settings(quiet_hours_start=start, quiet_hours_end=end, quiet_hours_tz="UTC")
+
+    def tick(self) -> None:
+        databases = self.world.databases.quinn, self.world.databases.icloud
+        dispatcher.sync(*databases)
+        dispatcher.dispatch(*databases, self.mac_sync)
+
+    def answer(self) -> None:
+        """Let the device send what waits for it, and the time until the next tick pass."""
+        self.pass_time(ANSWER)
+        self.world.icloud("UPDATE icloud.send_queue SET collected_at = now() WHERE status = 'queued'")
+        self.world.icloud("UPDATE icloud.send_queue SET status = 'sent', sent_at = now() WHERE status = 'queued'")
+        self.pass_time(self.interval - ANSWER)
+
+    def ends(self) -> dict[str, datetime]:
+        """When the last item of each batch ended."""
+        sql = "SELECT batch_id, max(COALESCE(sent_at, updated_at)) FROM outreach_batch_items GROUP BY batch_id"
+        return dict(self.world.quinn(sql))
+
+    def is_over(self) -> bool:
+        return not self.world.quinn("SELECT 1 FROM outreach_batches WHERE status = 'sending' LIMIT 1")
+
+
+def scene(days: Days, dice: random.Random) -> None:
+    """Settings, batches and a history, drawn from `dice` so that the day is over within MOST_TICKS."""
+    world, tick = days.world, days.interval.total_seconds()
+    world.device()
+    limit = {30: "max_per_minute", 60: "max_per_minute", 300: "max_per_hour", 900: "max_per_hour"}.get(
+        int(tick), "max_per_day"
+    )
+    world.settings(**{limit: dice.choice([None, 1, 2, 3, 5])})
+    world.settings(max_per_day=dice.choice([None, 40]) if limit != "max_per_day" else dice.choice([2, 4, 6]))
+    world.settings(min_gap_seconds=dice.choice([None, 0, int(tick), int(2.5 * tick)]))
+    handles = ["+14155550123", "a@example.com", "+14155550124", None, "no handle at all"]
+    for _ in range(dice.randint(1, 4)):
+        clients = [world.client(handle) for handle in dice.choices(handles, [8, 3, 3, 2, 1], k=dice.randint(1, 6))]
+        served = datetime.now(UTC) - timedelta(minutes=dice.randint(1, 500)) if dice.random() < 0.5 else None
+        world.batch(clients=clients, last_served_at=served)
+    history = world.batch(status="sent")
+    for _ in range(dice.randint(0, 4)):
+        ago = timedelta(seconds=dice.uniform(0, {"max_per_minute": 60, "max_per_hour": 3600}.get(limit, 86_400)))
+        world.item(history, status="sent", sent_at=datetime.now(UTC) - ago, updated_at=datetime.now(UTC) - ago)
+    if tick >= 60 and dice.random() < 0.6:
+        now = datetime.now(UTC)
+        start = now.hour * 60 + now.minute + dice.randint(1, 5) * int(tick // 60) + dice.randint(0, 3)
+        days.quiet = start % 1440, (start + dice.randint(1, 4) * int(tick // 60) + 1) % 1440
+        days.pass_time(timedelta(0))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_forecast_is_within_one_interval_of_what_the_jobs_then_do(
+    world: World, mac_sync: dispatcher.MacSync, seed: int
+) -> None:
+    dice = random.Random(seed)  # noqa: S311  # a scenario, no secret
+    days = Days(world, mac_sync, timedelta(seconds=dice.choice([30, 60, 300, 900, 7200])))
+    scene(days, dice)
+    for _ in range(dice.randint(0, 3)):
+        days.tick()
+        days.answer()
+    if is_between_ticks := dice.random() < 0.5:
+        days.tick()  # so that the forecast finds messages in flight
+    began, moved = time.monotonic(), days.moved
+    seen = status.report(days.interval)
+    if is_between_ticks:
+        days.answer()
+    for _ in range(MOST_TICKS):
+        if days.is_over():
+            break
+        days.tick()
+        days.answer()
+    assert days.is_over(), seen
+    ends, moved = days.ends(), days.moved - moved
+    # The clock went on by itself, too, while this ran.
+    slack = days.interval + timedelta(seconds=time.monotonic() - began)
+    assert seen.batches is not None
+    for batch in seen.batches:
+        assert batch.finish_is_exact
+        assert batch.finish is not None
+        assert abs(batch.finish - moved - ends[batch.id]) <= slack, (batch, ends[batch.id] + moved)
+
+
+def courses(batches: int, items: int, now: datetime) -> list[status.Course]:
+    """So many batches with so many sendable items each."""
+    return [
+        status.Course(pacing.Batch(str(number), True, False, None), (now, now, str(number)), status.SENT * items)
+        for number in range(batches)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("limits", "days"),
+    [
+        ({"max_per_day": 150}, 1_000_000 / 150),
+        ({"max_per_minute": 10}, 1_000_000 / 10 * 90 / 86_400),  # a place is free again in the third tick after
+        ({"min_gap_seconds": 300}, 1_000 * 330 / 86_400),
+        ({}, 1_000 * 30 / 86_400),
+        ({"min_gap_seconds": 300, "quiet_hours_start": "20:00", "quiet_hours_end": "08:00"}, 2_000 * 330 / 86_400),
+    ],
+)
+def test_a_million_items_are_foreseen_about_right_and_at_once(limits: dict[str, Any], days: float) -> None:
+    now = datetime(2026, 4, 22, 12, 0, 7, tzinfo=UTC)
+    settings = pacing.Settings(False, None, None, "UTC", None, None, None, None, None)._replace(**limits)
+    played = courses(1_000, 1_000, now)
+    began = time.process_time()
+    status.play(pacing.Pace(settings, now, 0, []), played, now, timedelta(seconds=30))
+    assert time.process_time() - began < 1
+    assert not any(course.exact for course in played)
+    for course in played:
+        assert course.last is not None
+        assert (course.last - now) / timedelta(days=1) == pytest.approx(days, rel=0.1)
+
+
+def test_a_gate_that_no_time_opens_leaves_the_finish_open(world: World) -> None:
+    world.device()
+    world.settings(max_per_day=0, last_synced_at=datetime.now(UTC))
+    world.batch(clients=1)
+    seen = status.report(timedelta(seconds=30))
+    assert seen.batches is not None
+    assert [batch.finish for batch in seen.batches] == [None]
+
+
+def test_claimed_items_go_first_and_alone(world: World, mac_sync: dispatcher.MacSync) -> None:
+    days = Days(world, mac_sync, timedelta(seconds=30))
+    world.device()
+    world.settings(last_synced_at=datetime.now(UTC))
+    world.item(world.batch(), claimed_at=datetime.now(UTC))
+    world.batch(clients=1)
+    seen = status.report(days.interval)
+    assert seen.batches is not None
+    first, second = sorted(batch.finish for batch in seen.batches if batch.finish)
+    assert second - first == days.interval
+    days.tick()
+    assert sorted(world.statuses()) == ["pending", "queued"]
