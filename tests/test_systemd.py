@@ -1,0 +1,171 @@
+"""The units in systemd/, and what the scripts tell systemd, as far as that needs no running systemd."""
+
+import configparser
+import contextlib
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from conftest import ROOT, Databases, Script, World
+
+INSTALLED = "/opt/send-queue/"
+UNITS = sorted((ROOT / "systemd").glob("*.service"))
+
+needs_systemd = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="this host has no systemd-analyze")
+
+
+def section(unit: Path, name: str) -> dict[str, str]:
+    """A section of a unit file; of a key that is there twice, the last value."""
+    parser = configparser.RawConfigParser(strict=False, comment_prefixes=("#",))
+    parser.optionxform = str  # type: ignore[assignment, method-assign]  # keys keep their case
+    parser.read(unit)
+    return dict(parser[name])
+
+
+def verify(systemd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([systemd / "verify"], capture_output=True, text=True, timeout=60, check=False)
+
+
+class Systemd:
+    """The receiving end of NOTIFY_SOCKET."""
+
+    def __init__(self, name: str) -> None:
+        self.address = f"@{name}"
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(f"\0{name}")
+
+    def next(self, seconds: float = 15) -> str:
+        """The next notification. Raises TimeoutError when none comes."""
+        self.socket.settimeout(seconds)
+        return self.socket.recv(4096).decode()
+
+    def drain(self) -> None:
+        """Forget what has arrived so far."""
+        self.socket.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while self.socket.recv(4096):
+                pass
+
+
+@pytest.fixture
+def systemd(databases: Databases) -> Iterator[Systemd]:
+    receiver = Systemd(f"notify-{databases.quinn_url.rpartition('=')[2]}")
+    with receiver.socket:
+        yield receiver
+
+
+@pytest.fixture
+def endless() -> Iterator[tuple[str, threading.Event]]:
+    """A server whose answer to the first request trickles in and never ends: its URL, and when it was asked."""
+    asked, over = threading.Event(), threading.Event()
+
+    def trickle() -> None:
+        conn, _ = listener.accept()
+        with conn, contextlib.suppress(OSError):
+            conn.recv(4096)
+            asked.set()
+            conn.sendall(b"HTTP/1.1 200 OK\r\nX-Endless: ")
+            while not over.wait(0.5):
+                conn.sendall(b".")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", asked
+        over.set()
+        if not asked.is_set():
+            socket.create_connection(listener.getsockname()).close()  # ends the accept()
+        thread.join()
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_a_unit_runs_a_script_that_is_here(unit: Path) -> None:
+    python, script = section(unit, "Service")["ExecStart"].split()
+    assert python == f"{INSTALLED}.venv/bin/python"
+    assert script.startswith(INSTALLED)
+    assert (ROOT / script.removeprefix(INSTALLED)).is_file()
+
+
+def test_both_units_share_one_user_and_one_environment_file() -> None:
+    assert [unit.name for unit in UNITS] == ["outreach-dispatcher.service", "send-queue-server.service"]
+    services = [section(unit, "Service") for unit in UNITS]
+    assert [(service["User"], service["EnvironmentFile"]) for service in services] == [
+        ("sendqueue", "/etc/send-queue.env")
+    ] * 2
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_a_unit_never_gives_up_restarting(unit: Path) -> None:
+    assert section(unit, "Unit")["StartLimitIntervalSec"] == "0"
+    assert section(unit, "Service")["Restart"] == "on-failure"
+
+
+@needs_systemd
+def test_systemd_accepts_both_units_and_finds_them_hardened() -> None:
+    done = verify(ROOT / "systemd")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Overall exposure level") == 2
+
+
+@needs_systemd
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        pytest.param("Restart=on-failure", "Restrat=on-failure", id="unknown key"),
+        pytest.param("Restart=on-failure", "Restart=sometimes", id="unknown value"),
+        pytest.param("ExecStart=/opt/send-queue/.venv/bin/python", "ExecStart=python9", id="no interpreter"),
+        pytest.param("PrivateUsers=yes", "PrivateUsers=no\nCapabilityBoundingSet=~\nNoNewPrivileges=no", id="soft"),
+    ],
+)
+def test_verify_refuses_a_unit_that(tmp_path: Path, good: str, bad: str) -> None:
+    shutil.copytree(ROOT / "systemd", tmp_path / "systemd")
+    unit = tmp_path / "systemd" / UNITS[0].name
+    text = unit.read_text()
+    assert good in text
+    unit.write_text(text.replace(good, bad))
+    done = verify(tmp_path / "systemd")
+    assert done.returncode == 1
+    assert unit.name in done.stderr
+
+
+def test_the_server_is_ready_only_when_it_accepts_connections(systemd: Systemd, start: Callable[..., Script]) -> None:
+    script = start("send_queue_server.py", SEND_QUEUE_PORT="0", NOTIFY_SOCKET=systemd.address)
+    assert systemd.next() == "READY=1"
+    [line] = [line for line in script.lines() if "listening" in line]  # logged before it is ready
+    port = line.partition("port=")[2].split()[0]
+    assert requests.get(f"http://127.0.0.1:{port}/healthz", timeout=5).status_code == 200
+
+
+def test_the_dispatcher_is_ready_and_then_pings_the_watchdog_every_second(
+    systemd: Systemd, start: Callable[..., Script]
+) -> None:
+    start("dispatcher.py", NOTIFY_SOCKET=systemd.address)
+    assert systemd.next() == "READY=1"
+    assert systemd.next() == "WATCHDOG=1"
+    assert [systemd.next(seconds=5) for _ in range(2)] == ["WATCHDOG=1"] * 2
+
+
+def test_a_dispatcher_without_a_token_is_ready_before_it_exits_with_0(
+    systemd: Systemd, start: Callable[..., Script]
+) -> None:
+    script = start("dispatcher.py", MAC_SYNC_SERVICE_TOKEN="", NOTIFY_SOCKET=systemd.address)
+    assert script.process.wait(15) == 0
+    assert systemd.next() == "READY=1"
+
+
+def test_the_watchdog_is_not_pinged_while_a_tick_hangs(
+    world: World, systemd: Systemd, endless: tuple[str, threading.Event], start: Callable[..., Script]
+) -> None:
+    url, asked = endless
+    world.device()
+    world.batch(1)
+    start("dispatcher.py", MAC_SYNC_BASE_URL=url, NOTIFY_SOCKET=systemd.address)
+    assert asked.wait(15)
+    systemd.drain()
+    with pytest.raises(TimeoutError):  # an idle dispatcher pings every second
+        systemd.next(seconds=3)
