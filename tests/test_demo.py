@@ -1,0 +1,138 @@
+"""The demo's real process: its books, its bars, and what it leaves behind."""
+
+import os
+import pty
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, until
+
+COMMAND = [sys.executable, "demo/demo.py", "--clients", "8"]
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A place for the demo's temporary directory, so that what it leaves can be seen; short, for a socket's path."""
+    with tempfile.TemporaryDirectory(prefix="demo", dir="/tmp") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def environment(directory: Path) -> dict[str, str]:
+    return {**os.environ, "TMPDIR": str(directory), "TERM": "xterm"}
+
+
+def left_behind(directory: Path) -> list[str]:
+    """The command lines of the processes that work in `directory`, and the demo's own directories there."""
+    found = [str(path) for path in directory.glob("send-queue-demo-*")]
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_text() + (process / "environ").read_text()
+        except (OSError, UnicodeDecodeError):  # ended meanwhile, or another user's
+            continue
+        if str(directory) in words and int(process.name) != os.getpid():
+            found.append(words.split("\0\0")[0])
+    return found
+
+
+def test_the_books_of_the_demo_add_up_and_nothing_is_left_behind(environment: dict[str, str], directory: Path) -> None:
+    done = subprocess.run(
+        COMMAND,
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = re.search(r"(\d+) items = (\d+) sent \+ (\d+) failed \+ (\d+) skipped", done.stdout)
+    assert counts
+    items, *ended = map(int, counts.groups())
+    assert items == 8 == sum(ended)
+    assert ended[2] == 1
+    assert "Doubled: 0. Lost: 0. The two books agree." in done.stdout
+    assert "\033" not in done.stdout
+    assert left_behind(directory) == []
+
+
+def test_ctrl_c_among_the_bars_stops_everything_that_the_demo_started(
+    environment: dict[str, str], directory: Path
+) -> None:
+    ours, theirs = pty.openpty()
+    demo = subprocess.Popen(
+        COMMAND, cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    seen = ""
+
+    def drawn_twice() -> bool:
+        nonlocal seen
+        seen += os.read(ours, 65536).decode()
+        return seen.count("Your next appointment") > 1
+
+    until(drawn_twice, 30)
+    assert re.search(r"Spring opening hours  \[[#>.]{14}\] ", seen)
+    assert "\033[4A\033[2K" in seen, "the heading and the three bars are drawn in place"
+    os.killpg(demo.pid, signal.SIGINT)  # as a terminal does: to all of its foreground group
+    assert demo.wait(20) == 130
+    os.close(ours)
+    assert left_behind(directory) == []
+
+
+def test_a_demo_that_is_terminated_while_postgresql_starts_leaves_nothing_behind(
+    environment: dict[str, str], directory: Path
+) -> None:
+    demo = subprocess.Popen(
+        COMMAND, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    until(lambda: list(directory.glob("send-queue-demo-*/postgres/*")))
+    demo.terminate()
+    assert demo.wait(20) == 128 + signal.SIGTERM
+    assert left_behind(directory) == []
+
+
+def test_run_keeps_server_and_dispatcher_running_until_ctrl_c_and_its_commands_work(
+    environment: dict[str, str], directory: Path
+) -> None:
+    copy = directory / "clone"  # with a pgdata of its own
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "pgdata", "tests"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name in ("QUINN_DB_URL", "QUINN_ICLOUD_DB_URL", "MAC_SYNC_BASE_URL", "MAC_SYNC_SERVICE_TOKEN"):
+        environment.pop(name, None)
+    output = directory / "output.txt"
+    with output.open("w") as stream:
+        run = subprocess.Popen(
+            [sys.executable, "demo/demo.py", "--run"],
+            cwd=copy,
+            env={**environment, "SEND_QUEUE_PORT": port},
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+        )
+    try:
+        until(lambda: all(phrase in output.read_text() for phrase in ("listening", "starting", "nothing to send")))
+        assert "quiet hours 21:00 to 08:00 (local time), at most 2 a minute" in output.read_text()
+        commands = output.read_text().split("\n\n  ")[1:3]
+        done = subprocess.run(["bash", "-c", "\n".join(commands)], capture_output=True, text=True, check=True)
+        assert '"sendQueueId"' in done.stdout
+        assert '"toHandle":"+12015550123"' in done.stdout
+    finally:
+        os.killpg(run.pid, signal.SIGINT)
+        status = run.wait(20)
+    assert status == 130
+    assert "outreach-dispatcher stopped" in output.read_text()
+    assert "send-queue-server stopped" in output.read_text()
+    assert left_behind(directory) == []
