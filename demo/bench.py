@@ -184,7 +184,7 @@ class Database:
         """The ids of `count` new rows that the device has collected."""
         sql = """
             INSERT INTO icloud.send_queue (device_id, to_handle, body, batch_item_id, collected_at)
-            SELECT %(device)s, '+15550100123', 'Hello, are you free on Friday?', gen_random_uuid(), now()
+            SELECT %(device)s, '+14155550123', 'Hello, are you free on Friday?', gen_random_uuid(), now()
               FROM generate_series(1, %(count)s)
             RETURNING id
         """
@@ -225,7 +225,7 @@ def result_path(row_id: str) -> str:
 
 def message(device_id: str) -> bytes:
     """The body of an enqueue."""
-    content = {"batchItemId": str(uuid.uuid4()), "deviceId": device_id, "toHandle": "+15550100123", "body": BODY}
+    content = {"batchItemId": str(uuid.uuid4()), "deviceId": device_id, "toHandle": "+14155550123", "body": BODY}
     return json.dumps(content).encode()
 
 
@@ -316,7 +316,7 @@ def history(bench: Bench) -> Iterator[Row]:
     finished = """
         INSERT INTO icloud.send_queue
                (device_id, to_handle, body, batch_item_id, created_at, collected_at, sent_at, status)
-        SELECT %(device)s, '+15550100123', %(body)s, gen_random_uuid(), moment, moment, moment, 'sent'
+        SELECT %(device)s, '+14155550123', %(body)s, gen_random_uuid(), moment, moment, moment, 'sent'
           FROM (SELECT now() - number * interval '30 seconds' FROM generate_series(1, %(count)s) AS number)
                AS past (moment)
     """
@@ -450,7 +450,7 @@ class Outreach:
             ), message AS (
                 INSERT INTO icloud.send_queue
                        (device_id, to_handle, body, batch_item_id, collected_at, sent_at, status)
-                SELECT device.id, '+15550100123', %(body)s, gen_random_uuid(), now(), now(), 'sent'
+                SELECT device.id, '+14155550123', %(body)s, gen_random_uuid(), now(), now(), 'sent'
                   FROM icloud.devices AS device, generate_series(1, %(count)s)
                 RETURNING id, batch_item_id, device_id
             )

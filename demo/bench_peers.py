@@ -88,7 +88,7 @@ def starlette(listening: socket.socket) -> None:
     from starlette.responses import Response
     from starlette.routing import Route
 
-    message = {"batchItemId": NOWHERE, "deviceId": NOWHERE, "toHandle": "+15550100123", "body": "Hello"}
+    message = {"batchItemId": NOWHERE, "deviceId": NOWHERE, "toHandle": "+14155550123", "body": "Hello"}
     pending_sql, pending_names = numbered(statement("GET", send_queue_server.PENDING, "x"))
     result_path = send_queue_server.RESULT.replace("<queue_id>", NOWHERE)
     result_sql, result_names = numbered(statement("POST", result_path, "x", b'{"status": "sent"}'))
@@ -200,7 +200,7 @@ async def procrastinate(url: str, count: int) -> float:
         worker = await manager.register_worker()
 
         async def step() -> None:
-            await send.defer_async(to_handle="+15550100123", body="Hello")
+            await send.defer_async(to_handle="+14155550123", body="Hello")
             job = await manager.fetch_job(["outbox"], worker)
             if job is None:
                 raise RuntimeError("procrastinate had no job")
@@ -221,7 +221,7 @@ async def pgqueuer(url: str, count: int) -> float:
             await queries.install()
         manager = uuid.uuid4()
         entrypoints = {"send": EntrypointExecutionParameter(0)}
-        payload = msgspec.json.encode({"toHandle": "+15550100123", "body": "Hello"})
+        payload = msgspec.json.encode({"toHandle": "+14155550123", "body": "Hello"})
 
         async def step() -> None:
             await queries.enqueue("send", payload)
