@@ -245,6 +245,8 @@ def dispatch(quinn: Connection, icloud: Connection, mac_sync: "MacSync") -> Tall
 
     What an earlier tick claimed and could not enqueue goes first, and alone: it holds its place in the limits.
     """
+    # Once more, for a sync that failed: a request repeated after its row has ended would make a second one.
+    write_back(quinn, list(adoptions(quinn, icloud)))
     pace = pacing.read(quinn)
     gate = pacing.closed(pace)
     if pace is None or gate:
@@ -524,6 +526,8 @@ def run(name: str, job: Job) -> Tally | None:
     New connections for each run are what makes a restarted database no event here.
     """
     service.notify("WATCHDOG=1")  # each job has the watchdog's whole time
+    if stop.is_set():
+        return None
     try:
         with (
             contextlib.closing(db.connect(db.url("quinn"))) as quinn,
@@ -658,7 +662,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.warning("outreach-dispatcher disabled: MAC_SYNC_SERVICE_TOKEN is not set")
         return 0
     for signal_number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signal_number, lambda *_: stop.set())
+        # From a thread: set() takes a lock that the wait() interrupted by the signal may hold.
+        signal.signal(signal_number, lambda *_: threading.Thread(target=stop.set).start())
     logger.info("outreach-dispatcher starting interval=%ds", interval())
     for part in db.VARIABLES:
         db.url(part)  # misconfigured: say so now, not in every job
