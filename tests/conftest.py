@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -199,22 +198,17 @@ def world(databases: Databases) -> World:
 def base_url(databases: Databases) -> Iterator[str]:
     """The send queue server on a real socket, in a thread of this process, over the test's databases."""
     app = send_queue_server.make_app(db.Database(databases.icloud_url), SERVICE_TOKEN)
-    channels: dict[int, Any] = {}
-    server = send_queue_server.listen(app, {"host": "127.0.0.1", "port": 0}, 4, channels)
-    stopped = threading.Event()
-
-    def loop() -> None:
-        while not stopped.is_set():
-            waitress.wasyncore.loop(timeout=0.5, use_poll=True, map=channels, count=1)
-
-    thread = threading.Thread(target=loop)
-    thread.start()
-    yield f"http://127.0.0.1:{server.effective_port}"
-    stopped.set()
-    server.pull_trigger()
-    thread.join()
-    server.task_dispatcher.shutdown()
-    waitress.wasyncore.close_all(channels)
+    listening = send_queue_server.bound("127.0.0.1", 0)
+    workers = [send_queue_server.Worker(app, listening) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    listening.close()
+    for worker in workers:
+        worker.stop()
+    for worker in workers:
+        worker.join()
+        waitress.wasyncore.close_all(worker.channels)
 
 
 @pytest.fixture

