@@ -10,6 +10,7 @@ queries for each batch. Example (descriptor 3 is a listening socket, QUINN_ICLOU
 
 import hmac
 import io
+import logging
 import os
 import re
 import socket
@@ -27,11 +28,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import db  # the product is beside this directory
 import send_queue_server
+import service
 
 LISTENING = 3  # the descriptor of the inherited socket
 POOL = 4  # connections a process; 2 and 8 answer no more
 SERVICE_TOKEN = "service-token-0123456789"  # noqa: S105  # guards nothing
 NOWHERE = str(uuid.UUID(int=0))
+logger = logging.getLogger("starlette-peer")
 
 
 # --- over HTTP ----------------------------------------------------------------------------------------
@@ -44,7 +47,7 @@ def constant(listening: socket.socket) -> None:
 
     app = bottle.Bottle()
     app.route("<path:path>", ["GET", "POST"], lambda path: {"success": True, "data": {"items": []}})
-    waitress.serve(app, sockets=[listening], threads=send_queue_server.THREADS)
+    waitress.serve(app, sockets=[listening], threads=1)  # more answer less
 
 
 class Recorder:
@@ -80,7 +83,7 @@ def numbered(sql: str) -> tuple[str, list[str]]:
 
 
 def starlette(listening: socket.socket) -> None:
-    """The three endpoints on starlette, uvicorn (uvloop, httptools) and asyncpg (prepared statements)."""
+    """The three endpoints and their log, on starlette, uvicorn (uvloop, httptools) and asyncpg (prepared)."""
     import asyncpg
     import uvicorn
     from starlette.applications import Starlette
@@ -138,6 +141,7 @@ def starlette(listening: socket.socket) -> None:
         rows = await fetch(result_sql, result_names, values)
         if not rows or rows[0][0] is None or not (rows[0][2] or rows[0][1] == report.status):
             return Response(status_code=409)
+        logger.info("result recorded sendQueueId=%s status=%s", rows[0][0], report.status)
         return answer({"id": rows[0][0], "status": report.status})
 
     async def enqueue(request: Request) -> Response:
@@ -147,6 +151,8 @@ def starlette(listening: socket.socket) -> None:
         rows = await fetch(enqueue_sql, enqueue_names, msgspec.structs.asdict(wanted))
         if not rows or not rows[0][2]:
             return Response(status_code=409)
+        to = service.masked(wanted.to_handle)
+        logger.info("message enqueued sendQueueId=%s deviceId=%s to=%s", rows[0][0], wanted.device_id, to)
         return answer({"sendQueueId": rows[0][0]})
 
     app = Starlette(
@@ -159,6 +165,7 @@ def starlette(listening: socket.socket) -> None:
 
     async def serve() -> None:
         nonlocal pool
+        service.set_up_logging()
         pool = await asyncpg.create_pool(os.environ["QUINN_ICLOUD_DB_URL"], min_size=POOL, max_size=POOL)
         await uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).serve(sockets=[listening])
 
