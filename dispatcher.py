@@ -254,29 +254,36 @@ def dispatch(quinn: Connection, icloud: Connection, mac_sync: "MacSync") -> Tall
         return Tally(skipped=0, queued=0)
     tally = Tally()
     items = claimed(quinn)
+    perhaps_over = [item.batch_id for item in items]
     if not items:
-        tally["skipped"] += claim(quinn, icloud, pace)
+        tally["skipped"], perhaps_over = claim(quinn, icloud, pace)
         items = claimed(quinn)
     deliver(quinn, icloud, mac_sync, pace, items, tally)
-    complete(quinn)
+    complete(quinn, perhaps_over)
     return tally
 
 
-def claim(quinn: Connection, icloud: Connection, pace: pacing.Pace) -> int:
-    """Claim the next item of each batch in turn while there is room; return how many were skipped on the way."""
+def claim(quinn: Connection, icloud: Connection, pace: pacing.Pace) -> tuple[int, list[str]]:
+    """Claim the next item of each batch in turn while there is room.
+
+    Return how many items were skipped on the way, and the batches that may have no item left: all that had none,
+    and those that had their turn.
+    """
     skipped = 0
+    waiting = pacing.batches(quinn)
+    perhaps_over = [batch.id for batch in waiting if not batch.pending]
 
     def claim_turn(turn: Sequence[str]) -> int:
         nonlocal skipped
+        perhaps_over.extend(turn)
         skipped += skip(quinn, turn)
         return claim_heads(quinn, turn)
 
-    waiting = pacing.batches(quinn)
     story.tell(pace, pacing.verdict(pace, waiting, pacing.devices(icloud)))
     pace, passed_over = pacing.take_turns(pace, waiting, claim_turn)
     if passed_over:
         story.tell(pace, pacing.limited(pace))
-    return skipped
+    return skipped, perhaps_over
 
 
 def skip(quinn: Connection, turn: Sequence[str]) -> int:
@@ -419,18 +426,18 @@ def end_item(quinn: Connection, item: Item, status: str, reason: str) -> str:
     return status
 
 
-def complete(quinn: Connection) -> None:
-    """sending -> sent, for batches that have items, all of them ended."""
+def complete(quinn: Connection, perhaps_over: Sequence[str]) -> None:
+    """sending -> sent, for those of the batches that have items, all of them ended."""
     sql = """
         UPDATE outreach_batches AS batch
            SET status = 'sent', updated_at = now()
-         WHERE status = 'sending' AND NOT dry_run
+         WHERE id = ANY (%(ids)s::uuid[]) AND status = 'sending' AND NOT dry_run
            AND NOT EXISTS (SELECT FROM outreach_batch_items WHERE batch_id = batch.id AND status = 'pending')
            AND NOT EXISTS (SELECT FROM outreach_batch_items WHERE batch_id = batch.id AND status = 'queued')
            AND EXISTS (SELECT FROM outreach_batch_items WHERE batch_id = batch.id)
         RETURNING id
     """
-    for (batch_id,) in db.query(quinn, sql):
+    for (batch_id,) in db.query(quinn, sql, {"ids": list(perhaps_over)}):
         logger.info("batch sent batch=%s: each of its items has ended", batch_id)
 
 

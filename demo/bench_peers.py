@@ -265,10 +265,8 @@ def _limit_reached(quinn: Any, limits: Sequence[int | None]) -> bool:
                  WHERE status = 'sent' AND sent_at > now() - %(window)s::interval)
              + (SELECT count(*) FROM outreach_batch_items WHERE status = 'queued')
     """
-    for limit, window in zip(limits, ("1 minute", "1 hour", "1 day"), strict=True):
-        if limit is not None and db.query(quinn, usage, {"window": window})[0][0] >= limit:
-            return True
-    return False
+    used = [db.query(quinn, usage, {"window": window})[0][0] for window in ("1 minute", "1 hour", "1 day")]
+    return any(limit is not None and usage >= limit for limit, usage in zip(limits, used, strict=True))
 
 
 def _gap_is_kept(quinn: Any, batch_id: str, seconds: int | None) -> bool:
