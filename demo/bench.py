@@ -48,6 +48,7 @@ DEVICES = 50  # that poll once a second
 TOKEN = bench_peers.SERVICE_TOKEN
 # Rows that a load may use up in a second: above what any contender does, for a result can be given only once.
 FASTEST = 12_000
+MEMORY_REQUESTS = 200  # to each endpoint in a round of the load under which memory is watched
 
 
 class Size(NamedTuple):
@@ -203,9 +204,8 @@ ENDPOINTS = ("poll, nothing waiting", "poll, 10 waiting", "enqueue", "result")
 BODY = "Hello, are you free on Friday?"
 
 
-def requests_for(endpoint: str, database: Database, seconds: float) -> list[bytes]:
-    """What one measurement of an endpoint sends: one request for ever, or each of many once."""
-    count = int(FASTEST * seconds)
+def requests_for(endpoint: str, database: Database, count: int) -> list[bytes]:
+    """What one measurement of an endpoint sends: one request for ever, or each of `count` once."""
     if endpoint == "poll, nothing waiting":
         database.device("idle")
         return [request("GET", send_queue_server.PENDING, "idle")]
@@ -240,7 +240,7 @@ def interleaved(rounds: int, contenders: Sequence[Callable[[], float]]) -> list[
 
 def rate(bench: Bench, server: Server, endpoint: str, database: Database) -> float:
     """Requests a second of one measurement. Raises when an answer was not a 200."""
-    wanted = requests_for(endpoint, database, bench.size.seconds)
+    wanted = requests_for(endpoint, database, int(FASTEST * bench.size.seconds))
     sample = bench.load.run(server.port, wanted, CONNECTIONS, bench.size.seconds)
     if sample.errors:
         raise RuntimeError(f"{sample.errors} answers to {endpoint} were not 200")
@@ -340,17 +340,22 @@ def history(bench: Bench) -> Iterator[Row]:
 
 
 def memory_under_load(bench: Bench, server: Server, database: Database, before: float) -> Iterator[Row]:
-    """The server's resident memory while polls, enqueues and results go on."""
+    """The server's resident memory while polls, enqueues and results go on, some hundred of each a second."""
     after_start = server.resident()
     end = time.monotonic() + bench.size.memory_seconds
+    requests = 0
     while time.monotonic() < end:
+        pause = time.monotonic() + 1
         for endpoint in ENDPOINTS:
-            rate(bench, server, endpoint, database)
+            wanted = requests_for(endpoint, database, MEMORY_REQUESTS)
+            wanted = wanted * (MEMORY_REQUESTS // len(wanted))
+            requests += len(bench.load.run(server.port, wanted, CONNECTIONS, seconds=5).latencies)
+        time.sleep(max(0.0, pause - time.monotonic()))
     after = server.resident()
     minutes = bench.size.memory_seconds / 60
     yield Row("server memory, after the history; other: idle", f"{after_start:.0f} MB", f"{before:.0f} MB", "-",
               "< 60 MB", after_start < 60)  # fmt: skip
-    what = f"server memory, {minutes:.0f} min of load later; other: before"
+    what = f"server memory, {minutes:.0f} min and {requests:,} requests later; other: before"
     growth = after / after_start
     yield Row(what, f"{after:.1f} MB", f"{after_start:.1f} MB", f"{growth:.2f}", "<= 1.02", growth <= 1.02)
 
@@ -533,6 +538,46 @@ def past(bench: Bench) -> Iterator[Row]:
     once = kinds.count("SELECT") == kinds.count("UPDATE") == 1
     yield Row(what, f"{spent:.2f} s", f"{kinds.count('SELECT')} + {kinds.count('UPDATE')}", "-", "< 1 s, 1 + 1",
               once and spent < 1)  # fmt: skip
+    old.settings(max_per_minute=0, max_per_hour=None, max_per_day=None, min_gap_seconds=None)
+    idle = _dispatcher_memory(bench, old.database)
+    old.results(size.results)
+    busy = _dispatcher_memory(bench, old.database)
+    what = f"dispatcher memory, {size.results:,} results over that history; other: none"
+    yield Row(what, f"{busy:.0f} MB", f"{idle:.0f} MB", "-", "< 60 MB", max(idle, busy) < 60)
+
+
+def _dispatcher_memory(bench: Bench, database: Database) -> float:
+    """The resident memory of a dispatcher in MB, once it has brought all results home and gone on for two ticks."""
+    with _dispatcher(bench, database, DISPATCH_INTERVAL_SECONDS="1") as process:
+        for _ in range(3):
+            [(synced,)] = database.run("SELECT last_synced_at FROM outreach_settings")
+            moved = "SELECT last_synced_at IS DISTINCT FROM %(synced)s FROM outreach_settings"
+            _wait(lambda: database.run(moved, synced=synced)[0][0])  # noqa: B023  # is called at once
+        return resident(process.pid)
+
+
+@contextlib.contextmanager
+def _dispatcher(bench: Bench, database: Database, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A dispatcher process over the database."""
+    urls = {"QUINN_DB_URL": database.url, "QUINN_ICLOUD_DB_URL": database.url, "MAC_SYNC_SERVICE_TOKEN": TOKEN}
+    with (bench.directory / "dispatcher.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "dispatcher.py"], cwd=ROOT, env={**os.environ, **urls, **settings}, stderr=log
+        )
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait(15)
+
+
+def _wait(done: Callable[[], bool]) -> None:
+    """Until it is true. Raises after a minute."""
+    end = time.monotonic() + 60
+    while not done():
+        if time.monotonic() > end:
+            raise RuntimeError("the dispatcher did not get on within a minute")
+        time.sleep(0.1)
 
 
 def with_results(outreach: Outreach) -> Spy:
@@ -547,18 +592,10 @@ def sends(bench: Bench) -> Iterator[Row]:
     outreach.settings(max_per_minute=None, max_per_hour=None, max_per_day=None, min_gap_seconds=None)
     outreach.batches(bench.size.sends, 1)
     with bench.server(OURS, outreach.database) as server:
-        environment = {
-            **os.environ, "QUINN_DB_URL": outreach.database.url, "QUINN_ICLOUD_DB_URL": outreach.database.url,
-            "MAC_SYNC_SERVICE_TOKEN": TOKEN, "MAC_SYNC_BASE_URL": f"http://127.0.0.1:{server.port}",
-        }  # fmt: skip
-        with (bench.directory / "dispatcher.log").open("w+") as log:
-            process = subprocess.Popen([sys.executable, "dispatcher.py"], cwd=ROOT, env=environment, stderr=log)
-            try:
-                taken = _seconds_of_sends(outreach.database, bench.size.sends)
-                memory = resident(process.pid)
-            finally:
-                process.terminate()
-                process.wait(15)
+        base_url = f"http://127.0.0.1:{server.port}"
+        with _dispatcher(bench, outreach.database, MAC_SYNC_BASE_URL=base_url) as process:
+            taken = _seconds_of_sends(outreach.database, bench.size.sends)
+            memory = resident(process.pid)
     what = f"{bench.size.sends:,} sends in one tick; other: each"
     each = f"{1000 * taken / bench.size.sends:.1f} ms"
     yield Row(what, f"{taken:.2f} s", each, "-", "< 3 s", taken < 3)
@@ -572,14 +609,8 @@ def _seconds_of_sends(database: Database, count: int) -> float:
           FROM outreach_batch_items AS item JOIN outreach_batches AS batch ON batch.id = item.batch_id
          WHERE item.status = 'queued'
     """
-    end = time.monotonic() + 60
-    while True:
-        [(done, seconds)] = database.run(sql)
-        if done == count:
-            return float(seconds)
-        if time.monotonic() > end:
-            raise RuntimeError(f"{done} of {count} messages were sent within a minute")
-        time.sleep(0.1)
+    _wait(lambda: database.run(sql)[0][0] == count)
+    return float(database.run(sql)[0][1])
 
 
 def one_after_another(bench: Bench) -> Iterator[Row]:

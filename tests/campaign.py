@@ -78,10 +78,20 @@ class Member:
         self.signal(number)
         return self.script.process.wait(EXITS)
 
-    def ends_well(self) -> bool:
-        """Whether SIGTERM ends it with 0. While its modules are loaded, it dies of the signal as any process does."""
+    def terminate(self) -> str:
+        """End it with SIGTERM; what was wrong about its end, "" for an exit with 0.
+
+        While its modules are loaded, it dies of the signal as any process does.
+        """
         ready = any(phrase in self.log.read_bytes()[self.told :] for phrase in (b"listening", b"starting"))
-        return self.end(signal.SIGTERM) == 0 or not ready
+        try:
+            status = self.end(signal.SIGTERM)
+            wrong = f"ended with {status}" if status and ready else ""
+        except subprocess.TimeoutExpired:
+            self.end(signal.SIGKILL)
+            wrong = f"did not end within {EXITS} s"
+        last = self.log.read_text(errors="replace").splitlines()[-3:]
+        return wrong and f"{self.name} {wrong} on SIGTERM; its last lines: {last}"
 
 
 @dataclass
@@ -270,6 +280,10 @@ class Round:
             yield
             self.ends.append(time.time())
 
+    def _complain(self, words: str) -> None:
+        if words:
+            self.report.complaints.append(words)
+
     def _victim(self, dice: random.Random, among: str = "") -> Member:
         names = [name for name in self.members if name.startswith(among) and name not in self.deleted]
         return self.members[dice.choice(names)]
@@ -284,8 +298,7 @@ class Round:
     def _term(self, dice: random.Random) -> None:
         member = self._victim(dice)
         with self._fault(member, f"SIGTERM of a {member.name.split('-')[0]}"):
-            if not member.ends_well():
-                self.report.complaints.append(f"{member.name} did not end well on SIGTERM")
+            self._complain(member.terminate())
             self._revive(member)
 
     def _stop(self, dice: random.Random) -> None:
@@ -508,12 +521,7 @@ class Round:
     def _end(self) -> None:
         for member in self.members.values():
             member.signal(signal.SIGCONT)
-            try:
-                if not member.ends_well():
-                    self.report.complaints.append(f"{member.name} did not end well on SIGTERM")
-            except subprocess.TimeoutExpired:
-                self.report.complaints.append(f"{member.name} did not end within {EXITS} s of SIGTERM")
-                member.end(signal.SIGKILL)
+            self._complain(member.terminate())
         for wire in self.wires:
             wire.close()
 
