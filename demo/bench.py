@@ -679,12 +679,13 @@ def drawing(rows: Sequence[Row], caption: str) -> str:
     rates = [row for row in rows if row.ours.endswith("/s") and row.other.endswith("/s")]
     unit, step = 260, 26  # pixels for a ratio of 1, and for a row
     widest = max(float(row.ratio) for row in rates)
-    width, height = 560 + math.ceil(unit * max(widest, 1)) + 220, step * len(rates) + 90
+    width, height = 560 + math.ceil(unit * max(widest, 1)) + 300, step * len(rates) + 90
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
         'font-family="sans-serif" font-size="13">',
         f'<rect width="{width}" height="{height}" fill="#fff"/>',
-        '<text x="16" y="26" font-size="15">Requests a second, as a share of the other\'s (the line)</text>',
+        '<text x="16" y="26" font-size="15">'
+        "Requests a second, as a share of the other's (the line); orange: below its target</text>",
         f'<text x="16" y="{height - 14}" fill="#666" font-size="11">{html.escape(caption)}</text>',
     ]
     for number, row in enumerate(rates):
