@@ -473,7 +473,6 @@ class Worker(threading.Thread):
             channel_timeout=SILENCE_LIMIT,
             cleanup_interval=5,
             connection_limit=connections,
-            asyncore_use_poll=True,  # select() fails beyond 1,024 descriptors
             outbuf_high_watermark=sys.maxsize,  # never wait for a client that does not read: see turn()
             ident=None,
         )
@@ -496,6 +495,7 @@ class Worker(threading.Thread):
 
     def turn(self, timeout: float) -> None:
         """Wait for clients, `timeout` seconds at most, and run what they have asked."""
+        # poll(), since select() fails beyond 1,024 descriptors
         waitress.wasyncore.loop(timeout=timeout, use_poll=True, map=self.channels, count=1)
         unread = []
         while self.tasks:

@@ -112,6 +112,7 @@ def test_migrate_makes_all_tables_says_so_and_then_has_nothing_to_do(
         "icloud: made index devices_token",
     ):
         assert f"{name}\n" in said
+    assert "_pkey" not in said, "a table's key comes with it"
     assert run_sql(empty, TABLES) == [(ALL_TABLES,)]
     assert db.main(["migrate"]) == 0
     assert capsys.readouterr().out == "icloud: nothing to do\nquinn: nothing to do\n"
@@ -327,6 +328,18 @@ def test_an_error_says_whether_the_statement_or_the_server_is_at_fault(databases
             database.query("SET statement_timeout = 0; SELECT 1")
 
 
+def test_what_is_unavailable_tells_its_sqlstate(databases: Databases) -> None:
+    with pytest.raises(db.Unavailable, match="55P03"):
+        db.Database(databases.icloud_url).query("DO $$ BEGIN RAISE SQLSTATE '55P03'; END $$")
+    with pytest.raises(db.Unavailable, match="no connection"):
+        db.Database("postgresql://127.0.0.1:1/nowhere").query("SELECT 1")
+
+
+def test_a_value_that_cannot_be_sent_is_the_statements_fault(databases: Databases) -> None:
+    with pytest.raises(psycopg2.ProgrammingError, match="can't adapt"):
+        db.Database(databases.icloud_url).query("SELECT %(value)s", {"value": object()})
+
+
 def test_each_thread_has_its_own_connection(databases: Databases) -> None:
     database = db.Database(databases.icloud_url)
     own = database.query("SELECT pg_backend_pid()")
@@ -396,6 +409,12 @@ def test_a_database_error_in_a_command_is_one_sentence(
     said = capsys.readouterr().err
     assert said.startswith("db.py: ")
     assert "Traceback" not in said
+
+
+def test_without_a_command_nothing_is_done(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        db.main([])
+    assert "required: command" in capsys.readouterr().err
 
 
 def test_words_that_postgresql_cannot_hold_are_mended() -> None:

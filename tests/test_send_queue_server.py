@@ -112,6 +112,25 @@ def test_a_token_that_is_missing_malformed_or_wrong_is_refused_everywhere(base_u
             assert answer.headers["WWW-Authenticate"] == "Bearer"
 
 
+def test_what_an_operator_has_to_look_at_is_a_warning(
+    admin: Client, mac: Client, mac_id: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    queue_id = admin.enqueued(mac_id)
+    mac.result(queue_id)
+    refused: dict[int, Callable[[], requests.Response]] = {
+        401: lambda: mac.call("GET", STATUS),
+        409: lambda: mac.result(queue_id, "failed"),
+        404: lambda: mac.result(str(uuid.uuid4())),
+        400: lambda: admin.enqueue(str(uuid.uuid4())),
+    }
+    for status, call in refused.items():
+        caplog.clear()
+        assert call().status_code == status
+        [line] = [line for line in caplog.records if f"status={status}" in line.getMessage()]
+        assert line.levelname == ("WARNING" if status in (401, 409) else "INFO")
+
+
 def test_neither_token_opens_the_other_ones_paths(base_url: str, admin: Client, mac: Client, mac_id: str) -> None:
     assert mac.enqueue(mac_id).status_code == 401
     assert mac.call("GET", STATUS).status_code == 401
@@ -122,10 +141,11 @@ def test_neither_token_opens_the_other_ones_paths(base_url: str, admin: Client, 
 def test_a_plain_token_and_a_stored_digest_both_authenticate(world: World, base_url: str) -> None:
     device_id, token = db.add_device("with a digest")
     assert world.icloud("SELECT token FROM icloud.devices") == [(db.digest(token),)]
-    assert Client(base_url, token).pending() == []
     world.device(token="plain-token")
-    assert Client(base_url, "plain-token").pending() == []
-    assert device_id != token
+    for owner_id, known in ((device_id, token), (world.icloud("SELECT id FROM icloud.devices")[1][0], "plain-token")):
+        queue_id = Client(base_url, SERVICE_TOKEN).enqueued(owner_id)
+        assert [item["id"] for item in Client(base_url, known).pending()] == [queue_id]
+        assert Client(base_url, known).result(queue_id).status_code == 200
 
 
 def test_a_digest_from_a_stolen_dump_is_no_token(base_url: str, databases: object) -> None:
@@ -305,6 +325,19 @@ def test_of_two_results_at_once_one_is_recorded(world: World, admin: Client, mac
         assert row(world, queue_id)["status"] == winner.json()["data"]["status"]
 
 
+def test_a_result_that_meets_another_waits_for_it(world: World, admin: Client, mac: Client, mac_id: str) -> None:
+    queue_id = admin.enqueued(mac_id)
+    with closing(db.connect(world.databases.icloud_url)) as first, ThreadPoolExecutor(1) as pool:
+        first.autocommit = False
+        sql = "UPDATE icloud.send_queue SET status = 'sent', sent_at = now() WHERE id = %(id)s"
+        db.query(first, sql, {"id": queue_id})
+        answer = pool.submit(mac.result, queue_id, "failed")
+        until(lambda: waits_for_a_lock(world))
+        first.commit()
+        assert answer.result().status_code == 409
+    assert row(world, queue_id)["status"] == "sent"
+
+
 # --- enqueue ----------------------------------------------------------------------------------------------------------
 
 
@@ -477,6 +510,39 @@ def chunked(admin: Client, pieces: Iterator[bytes]) -> requests.Response:
 
 def test_health_is_open_and_asks_the_database(base_url: str) -> None:
     assert Client(base_url, None).call("GET", "/healthz").json()["data"] == {"status": "ok"}
+
+
+def test_status_without_a_device_has_only_the_last_hour(admin: Client, databases: object) -> None:
+    data = admin.call("GET", STATUS).json()["data"]
+    assert data == {"devices": [], "lastHour": {"sent": 0, "failed": 0}}
+
+
+def test_status_tells_what_waits_for_each_device_and_the_last_hours_results(
+    world: World, admin: Client, mac: Client, mac_id: str
+) -> None:
+    other_id = world.device("older")
+    world.icloud("UPDATE icloud.devices SET created_at = now() - interval '1 day' WHERE id = %(id)s", id=other_id)
+    done = [admin.enqueued(mac_id) for _ in range(4)]
+    mac.result(done[0]), mac.result(done[1]), mac.result(done[2], "failed")
+    world.icloud(
+        "UPDATE icloud.send_queue SET updated_at = now() - interval '61 minutes' WHERE id = %(id)s", id=done[1]
+    )
+    world.icloud(
+        "UPDATE icloud.send_queue SET status = 'failed', withdrawn_at = now() WHERE id = %(id)s", id=done[3]
+    )  # fmt: skip
+    old, _ = admin.enqueued(mac_id), admin.enqueued(mac_id)
+    world.icloud("UPDATE icloud.send_queue SET created_at = now() - interval '90 seconds' WHERE id = %(id)s", id=old)
+    mac.pending()
+    admin.enqueued(mac_id)
+    data = admin.call("GET", STATUS).json()["data"]
+    assert data["lastHour"] == {"sent": 1, "failed": 1}
+    older, mini = data["devices"]
+    assert older == {
+        "id": other_id, "name": "older", "lastSeenAt": None, "waiting": 0, "collected": 0, "oldestAgeSeconds": None,
+    }  # fmt: skip
+    assert (mini["id"], mini["waiting"], mini["collected"]) == (mac_id, 1, 2)
+    assert 90 <= mini["oldestAgeSeconds"] < 100
+    assert mini["lastSeenAt"].endswith("Z")
 
 
 def test_each_request_is_one_statement(
@@ -715,6 +781,43 @@ def test_a_client_that_does_not_read_its_answers_keeps_nobody_waiting(
             assert time.monotonic() - begin < 2
         assert 1 <= script.log.read_text().count("polled items=50") < 10, "the others wait, and take no memory"
         assert [len(answer["data"]["items"]) for answer in read_answers(connection, 10)] == [50] * 10
+
+
+def test_a_stop_waits_for_a_client_that_still_reads_and_for_no_silent_one(
+    world: World, server: tuple[Script, str]
+) -> None:
+    script, base_url = server
+    big = world.device("big")
+    world.icloud(
+        "INSERT INTO icloud.send_queue (device_id, to_handle, body)"
+        " SELECT %(big)s, '+14155550123', repeat('x', 1000000) FROM generate_series(1, 20)",
+        big=big,
+    )
+    with half_a_request(base_url, 0), pipelined(base_url, "big", 1) as reader:
+        reader.recv(1)
+        script.process.terminate()
+        script.wait_for("stopping")
+        time.sleep(2)  # twice as long as a silent client has
+        with reader.makefile("rb") as stream:
+            assert len(stream.read()) > 20_000_000
+        begin = time.monotonic()
+        assert script.process.wait(10) == 0
+        assert time.monotonic() - begin < 3
+
+
+def test_a_request_that_the_database_holds_does_not_hold_a_stop(world: World, start: Callable[..., Script]) -> None:
+    world.device("mac-mini")
+    patient = f"{world.databases.icloud_url} options='-c lock_timeout=60s -c statement_timeout=60s'"
+    script = start("send_queue_server.py", SEND_QUEUE_PORT="0", QUINN_ICLOUD_DB_URL=patient)
+    base_url = f"http://127.0.0.1:{script.wait_for('listening').partition('port=')[2].split()[0]}"
+    with closing(db.connect(world.databases.icloud_url)) as holder:
+        holder.autocommit = False
+        db.query(holder, "LOCK TABLE icloud.send_queue")
+        with pipelined(base_url, "mac-mini", 1):
+            until(lambda: waits_for_a_lock(world))
+            begin = time.monotonic()
+            assert script.end() == 0
+            assert time.monotonic() - begin < 11
 
 
 def test_a_server_whose_thread_fails_ends_so_that_it_is_started_again(start: Callable[..., Script]) -> None:
