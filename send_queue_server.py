@@ -561,7 +561,12 @@ def inherited() -> list[socket.socket]:
     """
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []
-    return [socket.socket(fileno=3 + number) for number in range(int(os.environ["LISTEN_FDS"]))]
+    sockets = [socket.socket(fileno=3 + number) for number in range(int(os.environ["LISTEN_FDS"]))]
+    for listening in sockets:
+        # The processes share this flag. Python takes the socket for a blocking one, and dup() would make it that for
+        # a moment, in which the others' accept() could wait for a connection that has gone to somebody else.
+        listening.setblocking(False)
+    return sockets
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -176,3 +176,13 @@ def test_two_processes_on_one_port_both_answer(servers: Servers, load: Callable[
     recorded = [log.read_text().count("message enqueued") for log in sorted(servers.directory.glob("server-*.log"))]
     assert len(recorded) == 2
     assert min(recorded) > 0
+
+
+def test_a_process_does_not_make_the_shared_socket_blocking() -> None:
+    """The flag is the other processes', too: one of them would wait in accept(), and serve nobody meanwhile."""
+    code = "import send_queue_server; [listening] = send_queue_server.inherited(); listening.dup()"
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.setblocking(False)
+        command = ["/bin/sh", "-c", HAND_ON, "sh", sys.executable, "-c", code]
+        subprocess.run(command, cwd=ROOT, stdin=listening.fileno(), timeout=60, check=True)
+        assert not os.get_blocking(listening.fileno())
