@@ -1,6 +1,6 @@
 """The send queue's HTTP surface: a Mac polls it for messages to send, and the dispatcher fills it.
 
-Run by systemd (systemd/send-queue-server.service) or by hand. Touches icloud.devices and icloud.send_queue.
+Run by systemd (systemd/send-queue-server@.service) or by hand. Touches icloud.devices and icloud.send_queue.
 The contract is openapi.yaml. Each request is one statement, the look-up of a device's token included. Example:
 
     curl -H "Authorization: Bearer $DEVICE_TOKEN" http://localhost:3201/client/imessage/send-queue/pending

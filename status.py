@@ -599,7 +599,7 @@ class Clock:
 ADVICE = {
     "paused": "To go on: UPDATE outreach_settings SET paused = false;",
     "dispatcher not running": "See: systemctl status outreach-dispatcher; journalctl -u outreach-dispatcher -n 30",
-    "server could not be asked": "See: systemctl status send-queue-server; journalctl -u outreach-dispatcher -n 30",
+    "server could not be asked": "See: systemctl status 'send-queue-server*'; journalctl -u outreach-dispatcher -n 30",
     "waiting for device": "Switch the device on, and see that its sender runs and has its token.",
     "limit reached": "Nothing goes while a limit is 0. For none: UPDATE outreach_settings SET … = NULL;",
 }

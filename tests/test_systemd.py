@@ -8,13 +8,20 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import requests
-from conftest import ROOT, Databases, Script, World
+import waitress.adjustments
+from conftest import ROOT, SERVICE_TOKEN, Databases, Script, World
+
+import send_queue_server
+import service
 
 INSTALLED = "/opt/send-queue/"
 UNITS = sorted((ROOT / "systemd").glob("*.service"))
+SOCKET = ROOT / "systemd" / "send-queue-server.socket"
+TEMPLATE = ROOT / "systemd" / "send-queue-server@.service"
 
 needs_systemd = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="this host has no systemd-analyze")
 
@@ -29,6 +36,17 @@ def section(unit: Path, name: str) -> dict[str, str]:
 
 def verify(systemd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([systemd / "verify"], capture_output=True, text=True, timeout=60, check=False)
+
+
+def assert_refused(directory: Path, unit: Path, good: str, bad: str) -> None:
+    """That verify names `unit` when `bad` stands in it where `good` stood."""
+    shutil.copytree(ROOT / "systemd", directory / "systemd")
+    text = unit.read_text()
+    assert good in text
+    (directory / "systemd" / unit.name).write_text(text.replace(good, bad))
+    done = verify(directory / "systemd")
+    assert done.returncode == 1
+    assert unit.name.replace("@.", "@1.") in done.stderr
 
 
 class Systemd:
@@ -92,7 +110,7 @@ def test_a_unit_runs_a_script_that_is_here(unit: Path) -> None:
 
 
 def test_both_units_share_one_user_and_one_environment_file() -> None:
-    assert [unit.name for unit in UNITS] == ["outreach-dispatcher.service", "send-queue-server.service"]
+    assert [unit.name for unit in UNITS] == ["outreach-dispatcher.service", TEMPLATE.name]
     services = [section(unit, "Service") for unit in UNITS]
     assert [(service["User"], service["EnvironmentFile"]) for service in services] == [
         ("sendqueue", "/etc/send-queue.env")
@@ -105,8 +123,47 @@ def test_a_unit_never_gives_up_restarting(unit: Path) -> None:
     assert section(unit, "Service")["Restart"] == "on-failure"
 
 
+def test_all_server_processes_come_and_go_with_the_one_socket() -> None:
+    assert section(TEMPLATE, "Service")["Sockets"] == SOCKET.name
+    assert section(TEMPLATE, "Unit")["Requires"] == SOCKET.name
+    assert SOCKET.name in section(TEMPLATE, "Install")["WantedBy"].split()
+
+
+def test_the_socket_holds_the_servers_default_address_from_boot_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bound(host: str, port: int) -> NoReturn:
+        addresses.append(f"{host}:{port}")
+        raise OSError("not in a test")
+
+    addresses: list[str] = []
+    monkeypatch.setattr(send_queue_server, "bound", bound)
+    monkeypatch.setattr(service, "load_settings", lambda: None)
+    monkeypatch.setattr(service, "set_up_logging", lambda: None)
+    monkeypatch.setenv("MAC_SYNC_SERVICE_TOKEN", SERVICE_TOKEN)
+    for name in ("QUINN_DB_URL", "QUINN_ICLOUD_DB_URL"):
+        monkeypatch.setenv(name, "postgresql://nowhere")
+    for name in ("SEND_QUEUE_HOST", "SEND_QUEUE_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert send_queue_server.main([]) == 1
+    assert addresses == [section(SOCKET, "Socket")["ListenStream"]]
+    assert section(SOCKET, "Install")["WantedBy"] == "sockets.target"
+
+
+def test_the_dispatcher_starts_after_the_process_that_a_connection_would_start() -> None:
+    first = section(SOCKET, "Socket")["Service"]
+    assert first == TEMPLATE.name.replace("@", "@1")
+    assert first in section(ROOT / "systemd" / "outreach-dispatcher.service", "Unit")["After"].split()
+
+
+def test_the_socket_has_room_for_as_many_connections_as_the_server_will_ask_for() -> None:
+    assert section(SOCKET, "Socket")["Backlog"] == str(waitress.adjustments.Adjustments.backlog)
+
+
+def test_the_start_of_a_process_does_not_make_the_shared_socket_blocking_for_the_others() -> None:
+    assert section(TEMPLATE, "Service")["NonBlocking"] == "yes"
+
+
 @needs_systemd
-def test_systemd_accepts_both_units_and_finds_them_hardened() -> None:
+def test_systemd_accepts_all_units_and_finds_the_services_hardened() -> None:
     done = verify(ROOT / "systemd")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Overall exposure level") == 2
@@ -122,15 +179,22 @@ def test_systemd_accepts_both_units_and_finds_them_hardened() -> None:
         pytest.param("PrivateUsers=yes", "PrivateUsers=no\nCapabilityBoundingSet=~\nNoNewPrivileges=no", id="soft"),
     ],
 )
-def test_verify_refuses_a_unit_that(tmp_path: Path, good: str, bad: str) -> None:
-    shutil.copytree(ROOT / "systemd", tmp_path / "systemd")
-    unit = tmp_path / "systemd" / UNITS[0].name
-    text = unit.read_text()
-    assert good in text
-    unit.write_text(text.replace(good, bad))
-    done = verify(tmp_path / "systemd")
-    assert done.returncode == 1
-    assert unit.name in done.stderr
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_verify_refuses_a_unit_that(tmp_path: Path, unit: Path, good: str, bad: str) -> None:
+    assert_refused(tmp_path, unit, good, bad)
+
+
+@needs_systemd
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        pytest.param("Backlog=", "Backlogs=", id="unknown key"),
+        pytest.param("ListenStream=127.0.0.1:3201", "ListenStream=127.0.0.1:99999", id="no such port"),
+        pytest.param("Service=send-queue-server@1.service", "Service=send-queue-server@1.socket", id="no service"),
+    ],
+)
+def test_verify_refuses_a_socket_that(tmp_path: Path, good: str, bad: str) -> None:
+    assert_refused(tmp_path, SOCKET, good, bad)
 
 
 def test_the_server_is_ready_only_when_it_accepts_connections(systemd: Systemd, start: Callable[..., Script]) -> None:
