@@ -524,6 +524,8 @@ class Worker(threading.Thread):
             if not busy and time.monotonic() - start > SHUTDOWN_SILENCE:
                 break
             self.turn(timeout=0.05)
+        for channel in list(self.server.active_channels.values()):
+            channel.handle_close()  # now, since a request that comes before the process ends would find nobody here
 
 
 def serve(app: bottle.Bottle, sockets: Sequence[socket.socket], threads: int) -> None:

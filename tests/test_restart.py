@@ -13,9 +13,13 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import bottle
 import pytest
 import requests
+import waitress
 from conftest import ROOT, SERVICE_TOKEN, World, until
+
+import send_queue_server
 
 CLIENTS = 8
 # The shell's process id is kept by exec, as LISTEN_PID demands.
@@ -186,3 +190,16 @@ def test_a_process_does_not_make_the_shared_socket_blocking() -> None:
         command = ["/bin/sh", "-c", HAND_ON, "sh", sys.executable, "-c", code]
         subprocess.run(command, cwd=ROOT, stdin=listening.fileno(), timeout=60, check=True)
         assert not os.get_blocking(listening.fileno())
+
+
+def test_a_thread_that_stops_closes_its_silent_connections_and_leaves_none_to_wait_for_the_others() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        worker = send_queue_server.Worker(bottle.Bottle(), listening)
+        worker.start()
+        with socket.create_connection(listening.getsockname(), timeout=5) as silent:
+            silent.sendall(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
+            assert silent.recv(65_536).startswith(b"HTTP/1.1 404")
+            worker.stop()
+            worker.join()
+            assert silent.recv(65_536) == b""  # raises TimeoutError where it is still open
+        waitress.wasyncore.close_all(worker.channels)
