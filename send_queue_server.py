@@ -73,7 +73,7 @@ class Enqueue(msgspec.Struct, rename="camel"):
 
     batch_item_id: uuid.UUID
     device_id: uuid.UUID
-    to_handle: Annotated[str, msgspec.Meta(min_length=1, max_length=service.HANDLE_LENGTH)]
+    to_handle: Annotated[str, msgspec.Meta(max_length=service.HANDLE_LENGTH)]
     body: Annotated[str, msgspec.Meta(min_length=1)]
     valid_until: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
 

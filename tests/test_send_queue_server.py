@@ -754,6 +754,20 @@ def pipelined(base_url: str, token: str, count: int) -> socket.socket:
     return connection
 
 
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        (f"Content-Length: {2 * send_queue_server.READ_LIMIT}", "the body is too large"),
+        (f"X-Long: {'x' * send_queue_server.HEADER_LIMIT}", "the headers are too large"),
+    ],
+)
+def test_what_is_too_large_to_be_read_is_refused_in_words(base_url: str, header: str, words: str) -> None:
+    host, port = base_url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=15) as connection:
+        connection.sendall(f"POST {ENQUEUE} HTTP/1.1\r\n{header}\r\n\r\n".encode())
+        assert read_answers(connection, 1) == [{"success": False, "error": words}]
+
+
 def test_requests_sent_at_once_are_answered_at_once(world: World, server: tuple[Script, str]) -> None:
     world.device("mac-mini")
     start = time.monotonic()
