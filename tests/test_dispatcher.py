@@ -148,6 +148,34 @@ def loud(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     return [record for record in records if record.levelno >= logging.WARNING]
 
 
+# --- what is told -------------------------------------------------------------------------------------
+
+
+def test_an_hour_of_sending_is_told_in_a_few_lines(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    now = datetime.now(UTC)
+    pace = pacing.Pace(pacing.Settings(False, None, None, None, 2, None, None, 30, None), now, 0, [])
+    sending = pacing.Batch("a batch", True, False, None)
+    gap = pacing.Gate("minimum gap", now + timedelta(seconds=20))
+    limit = pacing.Gate("limit reached limit=max_per_minute used=2 of=2", now + timedelta(seconds=50))
+    night = pacing.Gate("quiet hours", now + timedelta(hours=9))
+    told: list[tuple[pacing.Verdict, str]] = [
+        (sending, "sending"), (gap, "sending is held: minimum gap"), (sending, ""), (gap, ""),
+        (limit, "sending is held: limit reached"), (gap, ""), (sending, ""), (limit, ""),
+        (night, "sending is held: quiet hours"), (night, ""),
+        (sending, "sending"), (gap, "sending is held: minimum gap"), (sending, ""),
+        (None, "nothing to send"), (None, ""), (sending, "sending"),
+    ]  # fmt: skip
+    story = dispatcher.Story()
+    for verdict, words in told:
+        caplog.clear()
+        story.tell(pace, verdict)
+        assert "".join(caplog.messages).startswith(words)
+        assert len(caplog.messages) == (1 if words else 0)
+    story.tell(None, pacing.closed(None))
+    assert caplog.records[-1].levelname == "ERROR"
+
+
 # --- whose turn it is ---------------------------------------------------------------------------------
 
 
@@ -158,12 +186,21 @@ def test_an_item_travels_from_its_batch_to_a_device_and_back(
     batch_id = world.batch(clients=2)
     for _ in range(2):
         assert tick(world, mac_sync)["queued"] == 1
+        [(queued_at, claimed_at)] = world.quinn(
+            "SELECT queued_at, claimed_at FROM outreach_batch_items WHERE status = 'queued'"
+        )
+        assert queued_at > ago(5)
+        assert claimed_at is None
         assert report(base_url, "mini") == 1
         assert sync(world)["sent"] == 1
     assert world.statuses(batch_id) == ["sent", "sent"]
     tick(world, mac_sync)
     assert world.quinn("SELECT status FROM outreach_batches") == [("sent",)]
-    assert world.quinn("SELECT last_dispatched_at, last_synced_at FROM outreach_settings") != [(None, None)]
+    [(last_dispatched_at, last_synced_at)] = world.quinn(
+        "SELECT last_dispatched_at, last_synced_at FROM outreach_settings"
+    )
+    assert last_dispatched_at > ago(5)
+    assert last_synced_at > ago(5)
 
 
 def test_a_tick_takes_one_item_of_each_batch_the_oldest_first(world: World, mac_sync: dispatcher.MacSync) -> None:
@@ -301,6 +338,41 @@ def test_a_client_without_a_primary_handle_is_skipped_and_the_next_one_written_t
     assert reasons == [("no primary handle found",)]
 
 
+def test_who_was_written_to_before_does_not_hide_who_cannot_be(world: World, mac_sync: dispatcher.MacSync) -> None:
+    """Else the item that cannot be sent would take the turn of the one after it."""
+    world.device()
+    batch_id = world.batch(clients=[world.client(), world.client(handle=None), world.client()])
+    tick(world, mac_sync)
+    assert tick(world, mac_sync) == {"skipped": 1, "queued": 1}
+    assert world.statuses(batch_id) == ["queued", "skipped", "queued"]
+
+
+def test_of_two_primary_handles_the_first_in_order_is_written_to(world: World, mac_sync: dispatcher.MacSync) -> None:
+    world.device()
+    client = world.client("+14155550188")
+    world.quinn("INSERT INTO contact_relationships VALUES (%(id)s, '+14155550123', true)", id=client)
+    world.batch(clients=[client])
+    tick(world, mac_sync)
+    assert world.icloud("SELECT to_handle FROM icloud.send_queue") == [("+14155550123",)]
+
+
+def test_a_claimed_item_is_not_sent_once_its_batch_has_become_a_dry_run(
+    world: World, mac_sync: dispatcher.MacSync
+) -> None:
+    world.device()
+    world.item(world.batch(dry_run=True), claimed_at=ago(60))
+    assert tick(world, mac_sync)["queued"] == 0
+    assert row_statuses(world) == []
+
+
+def test_a_batch_that_its_owner_has_stopped_meanwhile_is_not_called_sent(world: World) -> None:
+    batches = [world.batch(status=status) for status in ("paused", "cancelled", "draft")]
+    for batch_id in batches:
+        world.item(batch_id, status="skipped")
+    dispatcher.complete(world.databases.quinn, batches)
+    assert world.quinn("SELECT count(*) FROM outreach_batches WHERE status = 'sent'") == [(0,)]
+
+
 def test_a_batch_with_nobody_left_gives_its_place_to_the_next_one(world: World, mac_sync: dispatcher.MacSync) -> None:
     world.device()
     world.settings(max_per_minute=1)
@@ -383,6 +455,7 @@ def test_without_a_device_an_item_fails_with_the_reason(world: World, mac_sync: 
     batch_id = world.batch(clients=2)
     tick(world, mac_sync)
     assert world.statuses(batch_id) == ["failed", "pending"]
+    assert world.quinn("SELECT count(claimed_at) FROM outreach_batch_items") == [(0,)]
     assert (
         "there is no device" in world.quinn("SELECT failure_reason FROM outreach_batch_items ORDER BY created_at")[0][0]
     )
@@ -648,7 +721,10 @@ def test_no_log_line_tells_the_row_that_a_failed_statement_quotes(
 # --- the sync job -------------------------------------------------------------------------------------
 
 
-def test_results_come_home_with_the_queues_time_and_the_devices_words(world: World, base_url: str) -> None:
+def test_results_come_home_with_the_queues_time_and_the_devices_words(
+    world: World, base_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     device_id = world.device("mini")
     sent, _ = in_flight(world, device_id, status="sent", sent_at=ago(4000))
     failed, _ = in_flight(world, device_id, status="failed", failure_reason="no such number")
@@ -659,6 +735,9 @@ def test_results_come_home_with_the_queues_time_and_the_devices_words(world: Wor
     assert status_of(world, failed) == ("failed", "no such number")
     assert status_of(world, speechless) == ("failed", "the device gave no reason")
     assert status_of(world, waiting) == ("queued", None)
+    told = [(line.levelname, line.getMessage()) for line in caplog.records if line.getMessage().startswith("item ")]
+    assert sorted(level for level, _ in told) == ["INFO", "WARNING", "WARNING"]
+    assert any(level == "INFO" and words.startswith("item sent ") and sent in words for level, words in told)
     [(in_queue,)] = world.icloud("SELECT sent_at FROM icloud.send_queue WHERE status = 'sent'")
     [(item_sent_at, synced_at)] = world.quinn("SELECT item.sent_at, last_synced_at FROM outreach_batch_items AS item,"
                                               " outreach_settings WHERE item.status = 'sent'")  # fmt: skip
@@ -743,8 +822,25 @@ def test_a_claimed_item_whose_answer_was_lost_takes_the_row_that_is_in_the_queue
     assert "an answer was lost" in loud(caplog)[0].message
 
 
+def test_a_result_does_not_change_an_item_that_has_ended(world: World) -> None:
+    ended = [world.item(world.batch(), status=status, sent_at=ago(60)) for status in ("sent", "failed", "skipped")]
+    ended.append(world.item(world.batch()))  # nor one that was never claimed
+    before = world.quinn("SELECT * FROM outreach_batch_items ORDER BY id")
+    for status in ("sent", "failed", "pending"):
+        changes = [dispatcher.Change(item_id, status, str(uuid.uuid4()), None, ago(0), "late") for item_id in ended]
+        dispatcher.write_back(world.databases.quinn, changes)
+    assert world.quinn("SELECT * FROM outreach_batch_items ORDER BY id") == before
+
+
+def test_a_row_whose_item_has_ended_is_withdrawn(world: World) -> None:
+    queue_row(world, world.item(world.batch(), status="skipped"), world.device())
+    assert sync(world)["withdrawn"] == 1
+    assert row_statuses(world) == [("failed", True)]
+
+
 def test_the_claim_of_a_batch_that_is_paused_is_given_up(world: World) -> None:
     world.item(world.batch(status="paused"), claimed_at=ago(60))
+    world.item(world.batch(dry_run=True), claimed_at=ago(60))
     kept = world.item(world.batch(), claimed_at=ago(60))
     sync(world)
     assert world.quinn("SELECT id FROM outreach_batch_items WHERE claimed_at IS NOT NULL") == [(kept,)]
