@@ -904,12 +904,14 @@ def test_nothing_is_withdrawn_without_a_cause(world: World) -> None:
 
 
 def test_a_row_left_by_a_crash_is_withdrawn_although_its_item_says_pending(
-    world: World, mac_sync: dispatcher.MacSync
+    world: World, mac_sync: dispatcher.MacSync, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     item_id = world.item(world.batch(), claimed_at=ago(60))
-    queue_row(world, item_id, world.device())
+    row_id = queue_row(world, item_id, world.device())
     world.settings(paused=True)
     assert sync(world)["withdrawn"] == 1
+    assert f"row withdrawn sendQueueId={row_id} reason='withdrawn: paused'" in caplog.messages
     assert status_of(world, item_id) == ("pending", None)
     world.settings(paused=False)
     sync(world)
@@ -1213,6 +1215,15 @@ def test_retry_makes_failed_items_pending_and_a_sent_batch_sending(
     assert world.quinn(left) == [(None,) * 3]
     assert dispatcher.retry(str(uuid.uuid4())) == 1
     assert "there is no batch" in capsys.readouterr().err
+
+
+def test_a_retry_that_cannot_reach_the_database_says_that_nothing_was_changed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for variable in db.VARIABLES.values():
+        monkeypatch.setenv(variable, "postgresql://127.0.0.1:1/away")
+    assert dispatcher.main(["--retry", str(uuid.uuid4())]) == 1
+    assert capsys.readouterr().err.startswith("dispatcher.py: nothing was changed: ")
 
 
 def test_retry_does_not_start_a_batch_that_its_owner_stopped(world: World) -> None:

@@ -189,6 +189,27 @@ def test_quiet_hours_in_columns_of_type_time_are_read(world: World) -> None:
     assert pacing.quiet_hours(*pace.settings[1:4]) == pacing.QuietHours(0, 1439, ZoneInfo("UTC"))
 
 
+def test_what_waits_longest_is_what_is_read(world: World) -> None:
+    now = world.quinn("SELECT now()")[0][0]
+    batch_id = world.batch()
+    for minutes in (5, 9, 7):
+        world.item(batch_id, claimed_at=now - timedelta(minutes=minutes))
+    pace = pacing.read(world.databases.quinn)
+    assert pace is not None
+    assert pace.claimed_since == now - timedelta(minutes=9)
+    young, old = world.device("young"), world.device("old")
+    insert = """
+        INSERT INTO icloud.send_queue (device_id, to_handle, body, created_at)
+        VALUES (%(device)s, '+14155550123', 'Hello!', %(at)s)
+    """
+    for minutes in (5, 9, 7):
+        world.icloud(insert, device=young, at=now - timedelta(minutes=minutes))
+    world.icloud("UPDATE icloud.devices SET created_at = now() - interval '1 day' WHERE id = %(id)s", id=old)
+    first, second = pacing.devices(world.databases.icloud)
+    assert (first.id, first.oldest_at) == (old, None)
+    assert (second.id, second.oldest_at, second.waiting) == (young, now - timedelta(minutes=9), 3)
+
+
 def test_the_gate_of_quiet_hours_says_when_it_opens() -> None:
     night = NO_LIMITS._replace(quiet_hours_start="11:00", quiet_hours_end="14:30", quiet_hours_tz="UTC")
     gate = pacing.closed(pacing.Pace(night, NOW, 0, []))
