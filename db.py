@@ -63,7 +63,7 @@ def url(part: Part) -> str:
     """The URL of the database that holds `part`: from the environment, else the embedded one's.
 
     Raises service.Misconfigured when only one of the two is set (a batch fed from one world into the
-    other's queue), or none is and the `embedded` extra is not installed.
+    other's queue), when it is no URL, or when none is and the `embedded` extra is not installed.
     """
     given = {name: os.environ.get(variable) for name, variable in VARIABLES.items()}
     if not any(given.values()):
@@ -74,7 +74,15 @@ def url(part: Part) -> str:
             f"{missing[0]} is not set, but the other database's URL is: set both (the same URL when one "
             "database holds both parts)"
         )
-    return cast(str, given[part])
+    address = cast(str, given[part])
+    try:
+        psycopg2.extensions.parse_dsn(address)
+    except psycopg2.ProgrammingError:  # its text would show the URL, password and all
+        example = f"postgresql://sendqueue@/{part}"
+        raise service.Misconfigured(
+            f"{VARIABLES[part]} is no PostgreSQL URL: set it to one such as {example}"
+        ) from None
+    return address
 
 
 @functools.cache
@@ -201,8 +209,8 @@ def migrate(address: str, part: Part) -> list[str]:
     conn = connect(address)
     try:
         conn.autocommit = False
-        # Two scripts may start on a fresh embedded database at the same moment.
         query(conn, "SET LOCAL statement_timeout = 0")  # an index over a long history takes its time
+        # Two scripts may start on a fresh embedded database at the same moment.
         query(conn, "SELECT pg_advisory_xact_lock(hashtext('schema.sql'))")
         before = set(query(conn, catalogue))
         query(conn, parts[part])
@@ -249,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("migrate", help="create or complete the tables; safe to repeat")
-    commands.add_parser("url", help="print the embedded database's URL, for psql")
+    commands.add_parser("url", help="print the URL of the quinn database, for psql")
     commands.add_parser("add-device", help="make a device and print its token, once").add_argument("name")
     arguments = parser.parse_args(argv)
     service.load_settings()

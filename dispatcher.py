@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -155,10 +156,10 @@ def results(quinn: Connection, icloud: Connection) -> Iterable[Change]:
     items = db.query(quinn, in_flight)
     if not items:
         return
-    ids = [queue_id for _, queue_id in items if is_uuid(queue_id)]
+    ids = [queue_id for _, queue_id in items if service.is_uuid(queue_id)]
     rows = {row[0]: row[1:] for row in db.query(icloud, ended, {"ids": ids})}
     for item_id, queue_id in items:
-        row = rows.get(queue_id.lower()) if is_uuid(queue_id) else None
+        row = rows.get(queue_id.lower()) if service.is_uuid(queue_id) else None
         if row is None:
             yield Change(item_id, "failed", queue_id, None, None, "send queue row no longer exists")
             continue
@@ -197,7 +198,7 @@ def adoptions(quinn: Connection, icloud: Connection) -> Iterable[Change]:
 
 
 def write_back(quinn: Connection, changes: Sequence[Change]) -> None:
-    """queued -> sent, failed or (withdrawn) pending; a claimed pending one -> queued or sent. One statement for all."""
+    """queued -> sent, failed or (withdrawn) pending; a claimed pending one -> queued, sent or failed. One statement."""
     sql = """
         UPDATE outreach_batch_items AS item
            SET status = ended.status,
@@ -241,7 +242,7 @@ def release(quinn: Connection) -> None:
 
 
 def dispatch(quinn: Connection, icloud: Connection, mac_sync: "MacSync") -> Tally:
-    """One tick: claim the items whose turn it is, as far as the settings let them, and enqueue them.
+    """The second job of a tick: claim the items whose turn it is, as far as the settings let them, and enqueue them.
 
     What an earlier tick claimed and could not enqueue goes first, and alone: it holds its place in the limits.
     """
@@ -384,7 +385,7 @@ def deliver_one(
     if item.handle is None:  # it had one when it was claimed
         return end_item(quinn, item, "skipped", "no primary handle found")
     if device_id is None:
-        return end_item(quinn, item, "failed", "there is no device: add one with `python db.py add-device NAME`")
+        return end_item(quinn, item, "failed", pacing.NO_DEVICE)
     try:
         queue_id = mac_sync.enqueue(item, item.handle, device_id, valid_until)
     except Rejected as rejection:
@@ -488,15 +489,7 @@ def _read(answer: requests.Response) -> tuple[str, str | None]:
         queue_id = (body.get("data") or {}).get("sendQueueId")
     except (ValueError, AttributeError, RecursionError):
         words, queue_id = answer.reason or "not a JSON answer", None
-    return db.storable(str(words))[:REASON_LENGTH], queue_id if is_uuid(queue_id) else None
-
-
-def is_uuid(text: object) -> bool:
-    """Whether `text` is a UUID in its usual form; send_queue_id is TEXT and may hold anything."""
-    try:
-        return isinstance(text, str) and str(uuid.UUID(text)) == text.lower()
-    except ValueError:
-        return False
+    return db.storable(str(words))[:REASON_LENGTH], queue_id if service.is_uuid(queue_id) else None
 
 
 # --- running the jobs ---------------------------------------------------------------------------------
@@ -543,17 +536,26 @@ def run(name: str, job: Job) -> Tally | None:
             lock(quinn)
             return job(quinn, icloud)
     except Busy:
-        logger.warning("%s job passed: another dispatcher has been at work for %d s", name, LOCK_WAIT)
+        if not stop.is_set():
+            find = "SELECT pid, client_addr FROM pg_stat_activity JOIN pg_locks USING (pid) WHERE locktype = 'advisory'"
+            logger.warning("%s job passed: another dispatcher has been at work for %d s; see %s", name, LOCK_WAIT, find)
     except Outage as outage:
-        hint = "; the token must be the server's MAC_SYNC_SERVICE_TOKEN" if outage.mend else ""
+        hint = "see that the server runs at MAC_SYNC_BASE_URL"
+        if outage.mend:
+            hint = "the token must be the server's MAC_SYNC_SERVICE_TOKEN"
         logger.log(
             logging.ERROR if outage.mend else logging.WARNING,
-            "mac-sync could not be asked, its items stay pending error=%r%s", str(outage), hint,
+            "mac-sync could not be asked, its items stay pending error=%r; %s", str(outage), hint,
         )  # fmt: skip
     except (psycopg2.errors.UndefinedTable, psycopg2.errors.UndefinedColumn) as error:
         logger.error("%s job failed, run `python db.py migrate` error=%r", name, error.diag.message_primary)
+    except psycopg2.errors.InsufficientPrivilege as error:
+        logger.error("%s job failed, GRANT the tables' owner to this role error=%r", name, error.diag.message_primary)
     except psycopg2.OperationalError as error:
-        logger.error("%s job could not use the database, the next run tries again error=%r", name, str(error).strip())
+        reason = str(error).strip()
+        logger.error(
+            "%s job could not use the database, the next run tries again; see that it runs error=%r", name, reason
+        )
     except psycopg2.Error as error:
         # Not its whole text: PostgreSQL's DETAIL quotes the row, a message's body included.
         kind, words = type(error).__name__, error.diag.message_primary
@@ -572,8 +574,12 @@ def lock(quinn: Connection) -> None:
 
 
 def jobs(token: str) -> dict[str, Job]:
-    """The two jobs by name, in their order."""
+    """The two jobs by name, in their order. Raises service.Misconfigured."""
     base_url = os.environ.get("MAC_SYNC_BASE_URL") or "http://localhost:3201"
+    if not re.match("https?://[^/]", base_url):
+        raise service.Misconfigured(
+            f"MAC_SYNC_BASE_URL is {base_url!r}: set it to the server's address, such as http://localhost:3201"
+        )
 
     def dispatch_job(quinn: Connection, icloud: Connection) -> Tally:
         mac_sync = MacSync(base_url, token)
@@ -584,7 +590,7 @@ def jobs(token: str) -> dict[str, Job]:
 
 
 def interval() -> int:
-    """Seconds between two cycles."""
+    """Seconds between two ticks."""
     return service.integer("DISPATCH_INTERVAL_SECONDS", 30)
 
 
@@ -666,7 +672,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     token = service.service_token()
     if token is None:
         service.notify("READY=1")  # systemd would take an exit before it for a failure
-        logger.warning("outreach-dispatcher disabled: MAC_SYNC_SERVICE_TOKEN is not set")
+        logger.warning(
+            "outreach-dispatcher disabled: MAC_SYNC_SERVICE_TOKEN is not set; set the server's, and start this again"
+        )
         return 0
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         # From a thread: set() takes a lock that the wait() interrupted by the signal may hold.

@@ -26,6 +26,8 @@ WINDOWS = {
 # How far ahead a change of quiet hours is sought: a daylight-saving night may swallow one of them whole.
 HORIZON = timedelta(days=3)
 MINUTE = timedelta(minutes=1)
+NO_DEVICE = "there is no device: `python db.py add-device NAME` makes one"
+MEND_QUIET_HOURS = "set both to HH:MM and quiet_hours_tz to an IANA name or NULL"
 # A device that was not seen, or a message without a result, for longer than this is no longer a matter of patience.
 PATIENCE = timedelta(minutes=10)
 BRIEF = timedelta(minutes=2)  # a gate that opens within this is part of sending at the settings' pace
@@ -52,7 +54,7 @@ class Settings(NamedTuple):
 class Pace(NamedTuple):
     """What the limits look at. `sent`: newest first, those of the last day, as many as the largest limit needs.
 
-    `last_tick`: the last sync. `claimed_since`: when the item was claimed that waits longest for its enqueue.
+    `last_tick`: when a sync last ended. `claimed_since`: when the item was claimed that waits longest for its enqueue.
     """
 
     settings: Settings
@@ -86,6 +88,9 @@ class Device(NamedTuple):
         """Whether its messages wait for longer than patience explains."""
         seen, oldest = self.last_seen_at, self.oldest_at
         return oldest is not None and (seen is None or now - seen > PATIENCE or now - oldest > PATIENCE)
+
+    def seen(self, now: datetime) -> str:
+        return f"last seen {span(now - self.last_seen_at)} ago" if self.last_seen_at else "never seen"
 
 
 class Gate(NamedTuple):
@@ -225,8 +230,9 @@ def verdict(
 
     `waiting` and `known` are batches() and devices() (None: not to be had); `interval`, between two ticks, is
     given by an onlooker, who cannot take it for granted that the dispatcher runs. The gates in their order:
-    1. the dispatcher runs; 2. closed(); 3. what an earlier tick claimed goes first; 4. there is something to send;
-    5. limited(); 6. gap(), of every batch; 7. there is a device.
+    1. the dispatcher runs; 2. closed(); 3. the server can be asked (1 and 3: for an onlooker only); 4. what an
+    earlier tick claimed goes first; 5. there is something to send; 6. limited(); 7. gap(), of every batch;
+    8. there is a device.
     """
     gate = closed(pace)
     if pace is None:
@@ -242,7 +248,7 @@ def verdict(
     if gate and gate.soon:
         return awaited(pace, known)
     if gate is None and known is not None and not known:
-        return Gate("no device", words="there is no device to send with: `python db.py add-device NAME` makes one")
+        return Gate("no device", words=NO_DEVICE)
     return gate or turns(pace, waiting)[0]
 
 
@@ -270,10 +276,9 @@ def awaited(pace: Pace, known: Sequence[Device] | None) -> Gate:
     if not holding:
         return Gate("waiting for results", words=f"waiting for the next tick to read the results; {flying}", soon=True)
     absent = min(holding, key=lambda device: (not device.is_late(pace.now), device.last_seen_at or device.oldest_at))
-    seen = f"last seen {span(pace.now - absent.last_seen_at)} ago" if absent.last_seen_at else "never seen"
     return Gate(
         f"waiting for device name={absent.name!r}",
-        words=f"waiting for device {absent.name!r}, {seen}; {flying}",
+        words=f"waiting for device {absent.name!r}, {absent.seen(pace.now)}; {flying}",
         soon=not absent.is_late(pace.now),
     )
 
@@ -310,7 +315,7 @@ def next_quiet_hours(pace: Pace) -> datetime | None:
 
 @functools.lru_cache(maxsize=1)  # so that what cannot be read is warned of once, not every tick
 def quiet_hours(start: str | None, end: str | None, zone: str | None) -> QuietHours | None:
-    """The settings' quiet hours; None when they are not set, or (by the specification) cannot be read."""
+    """The settings' quiet hours; None when they are not set, or cannot be read."""
     if not start and not end:
         return None
     try:
@@ -320,9 +325,8 @@ def quiet_hours(start: str | None, end: str | None, zone: str | None) -> QuietHo
         return QuietHours(first, last, ZoneInfo(zone) if zone else None)
     except (ValueError, KeyError, OSError) as error:  # the last two are ZoneInfo's, for an unknown name
         logger.warning(
-            "quiet hours are disabled: outreach_settings cannot be read start=%r end=%r tz=%r error=%s; "
-            "set both to HH:MM and quiet_hours_tz to an IANA name or NULL",
-            start, end, zone, error,
+            "quiet hours are disabled: outreach_settings cannot be read start=%r end=%r tz=%r error=%s; %s",
+            start, end, zone, error, MEND_QUIET_HOURS,
         )  # fmt: skip
         return None
 

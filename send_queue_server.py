@@ -337,7 +337,7 @@ def _decoded(body: bytes | str, kind: type[T]) -> T:
 
 
 def _uuid(text: str) -> str | None:
-    return text.lower() if re.fullmatch("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", text) else None
+    return text.lower() if service.is_uuid(text) else None
 
 
 def _instant(moment: datetime) -> datetime:
@@ -362,24 +362,32 @@ def _guarded(handler: Callable[..., Data]) -> Callable[..., bytes]:
             return _json({"success": True, "data": handler(**arguments)})
         except bottle.HTTPResponse as refusal:
             level = logging.WARNING if refusal.status_code in (401, 409) else logging.INFO
-            logger.log(level, "request refused status=%d request=%r", refusal.status_code, where)
+            hint = "; compare its token with the server's, or a device's" if refusal.status_code == 401 else ""
+            logger.log(level, "request refused status=%d request=%r%s", refusal.status_code, where, hint)
             raise
         except db.Unavailable as error:
-            logger.error("database unavailable sqlstate=%r request=%r", str(error), where)
+            hint = "; see that PostgreSQL runs, and QUINN_ICLOUD_DB_URL"
+            logger.error("database unavailable sqlstate=%r request=%r%s", str(error), where, hint)
             raise bottle.HTTPError(503, "the database cannot be reached; try again soon") from None
         except psycopg2.Error as error:
             kind = f"{type(error).__name__} {error.pgcode}"
-            hint = "; run `python db.py migrate`" if (error.pgcode or "").startswith("42") else ""
+            code = error.pgcode or ""
+            hint = "; run `python db.py migrate`" if code.startswith("42") else ""
+            hint = "; GRANT the tables' owner to this role" if code == "42501" else hint
             logger.error("statement failed error=%r request=%r%s", kind, where, hint)
             raise bottle.HTTPError(
                 500, "the database refused the statement; the server's log names the error"
             ) from None
         except Exception as error:  # noqa: BLE001  # a bug must end as a 500 in JSON, and its text must not be logged
-            frames = "".join(traceback.format_tb(error.__traceback__))
-            logger.error("endpoint failed error=%s request=%r\n%s", type(error).__name__, where, frames)
+            logger.error("endpoint failed error=%s request=%r\n%s", type(error).__name__, where, _frames(error))
             raise bottle.HTTPError(500, "the server failed; its log names the error") from None
 
     return guarded
+
+
+def _frames(error: BaseException) -> str:
+    """Where it was raised. Its own text may quote a message."""
+    return "".join(traceback.format_tb(error.__traceback__))
 
 
 def _as_json(error: bottle.HTTPError) -> bytes:
@@ -590,8 +598,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         sockets = inherited() or [bound(host, port)]
     except OSError as error:
-        sys.stderr.write(f"send_queue_server.py: cannot listen on {host}:{port}: {error}; set SEND_QUEUE_PORT\n")
-        return 1
+        raise service.Misconfigured(
+            f"cannot listen on {host}:{port}: {error}; set SEND_QUEUE_HOST and SEND_QUEUE_PORT to a free address"
+        ) from None
     serve(app, sockets, threads)
     return 0
 

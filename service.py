@@ -15,10 +15,11 @@ from pathlib import Path
 
 import dotenv
 
-TOKEN_LENGTH = 16  # characters; the specification's minimum for the service token
+TOKEN_LENGTH = 16  # characters; the least that the service token has
 # The shape of a phone number or an e-mail address, which the server asks of a handle and a forecast foresees.
 HANDLE = re.compile(r"\+?(?:[ ().-]*[0-9]){3,15}|[^@\s\x00-\x1f\x7f]+@[^@\s\x00-\x1f\x7f]+\.[^@\s\x00-\x1f\x7f]+")
 HANDLE_LENGTH = 254  # characters
+UUID = re.compile("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def set_up_logging() -> None:
 
 
 def notify(state: str) -> None:
-    """Tell systemd `state` (sd_notify(3): READY=1, WATCHDOG=1, STATUS=...); nothing when not run by it."""
+    """Tell systemd `state` (sd_notify(3): READY=1, WATCHDOG=1, STOPPING=1); nothing when not run by it."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -90,6 +91,11 @@ def notify(state: str) -> None:
             sock.sendto(state.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
     except OSError as error:
         logger.warning("systemd could not be notified error=%s", error)
+
+
+def is_uuid(text: object) -> bool:
+    """Whether `text` is a UUID in its usual form; what comes from outside, or from a TEXT column, may be anything."""
+    return isinstance(text, str) and UUID.fullmatch(text) is not None
 
 
 def masked(handle: str) -> str:

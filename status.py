@@ -11,7 +11,6 @@ import collections
 import contextlib
 import itertools
 import math
-import re
 import sys
 import time
 import uuid
@@ -50,7 +49,6 @@ GAP_WORK, ITEM_WORK = 6, 6  # a look at a batch with a gap; an item taken
 TICK_WORK, NIGHT_WORK = 100, 4000  # a tick, whatever is in it; finding the end of quiet hours
 NIGHT = "quiet hours"
 CADENCE = "one message of a batch in each tick"
-UUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 SENT, FAILED, SKIPPED = "s", "f", "k"  # what will become of an item
 
 T = TypeVar("T")
@@ -214,7 +212,7 @@ def read_failures(quinn: Any) -> list[Failure]:
 
 def read_icloud(icloud: Any, flights: Sequence[tuple[str, str]]) -> Icloud:
     ended = "SELECT id, sent_at FROM icloud.send_queue WHERE id = ANY (%(ids)s::uuid[]) AND status <> 'queued'"
-    ids = [queue_id for _, queue_id in flights if UUID.fullmatch(queue_id)]  # the column is TEXT
+    ids = [queue_id for _, queue_id in flights if service.is_uuid(queue_id)]  # the column is TEXT
     rows = db.query(icloud, ended, {"ids": ids}) if 0 < len(ids) <= EXACT_ITEMS else []
     return Icloud(pacing.devices(icloud), dict(rows))
 
@@ -228,12 +226,13 @@ def look(part: db.Part, read: Callable[[Any], T]) -> tuple[T | None, Problem | N
     except (errors.UndefinedTable, errors.UndefinedColumn, errors.InvalidSchemaName) as error:
         lack = error.diag.message_primary
         return None, Problem(f"database {part} is not complete", f"{lack}; run `python db.py migrate`")
-    except psycopg2.ProgrammingError:  # its text would show the URL, password and all
-        cure = f"{db.VARIABLES[part]} is no PostgreSQL URL: mend it"
-        return None, Problem(f"database {part} has no usable URL", cure)
+    except errors.InsufficientPrivilege as error:
+        lack = error.diag.message_primary
+        return None, Problem(f"database {part} refuses this role", f"{lack}; GRANT the tables' owner to it")
     except psycopg2.Error as error:
         words = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        return None, Problem(f"database {part} is down", f"{words}; start PostgreSQL, or mend {db.VARIABLES[part]}")
+        cure = f"{words}; start PostgreSQL, mend {db.VARIABLES[part]}, or run this as the user sendqueue"
+        return None, Problem(f"database {part} cannot be reached", cure)
 
 
 # --- the forecast -------------------------------------------------------------------------------------
@@ -403,7 +402,7 @@ def settle(
     ended = icloud.ended if icloud else {}
     landed = []
     for batch_id, queue_id in quinn.flights:
-        sent_at = ended.get(queue_id, pace.now)
+        sent_at = ended.get(queue_id.lower(), pace.now)
         if sent_at:  # else it failed
             landed.append(sent_at)
             if course := courses.get(batch_id):
@@ -502,8 +501,8 @@ class Outlook(msgspec.Struct, rename="camel"):
     notes: list[str]
 
 
-def look_around(interval: timedelta, batch_id: str | None = None) -> tuple[Quinn | None, Icloud | None, list[Problem]]:
-    """Both databases, each None with its problem when it is down."""
+def look_around(batch_id: str | None = None) -> tuple[Quinn | None, Icloud | None, list[Problem]]:
+    """Both databases, each None with its problem when it cannot be reached."""
     quinn, quinn_problem = look("quinn", lambda conn: read_quinn(conn, batch_id))
     flights = quinn.flights if quinn else []
     icloud, icloud_problem = look("icloud", lambda conn: read_icloud(conn, flights))
@@ -512,7 +511,7 @@ def look_around(interval: timedelta, batch_id: str | None = None) -> tuple[Quinn
 
 def report(interval: timedelta) -> Report:
     """One look, judged."""
-    quinn, icloud, problems = look_around(interval)
+    quinn, icloud, problems = look_around()
     pace = quinn.pace if quinn else None
     now = quinn.now if quinn else datetime.now(UTC)
     zone = pace.settings.quiet_hours_tz if pace else None
@@ -562,15 +561,15 @@ def warnings(quinn: Quinn | None, devices: Sequence[pacing.Device] | None, now: 
         start, end, zone = quinn.pace.settings[1:4]
         if (start or end) and pacing.quiet_hours(start, end, zone) is None:
             found.append(
-                f"quiet hours are disabled, since they cannot be read: start={start!r} end={end!r} tz={zone!r}; "
-                "set both to HH:MM and quiet_hours_tz to an IANA name or NULL"
+                f"quiet hours are disabled, since they cannot be read: start={start!r} end={end!r} tz={zone!r}"
+                f"; {pacing.MEND_QUIET_HOURS}"
             )
     for device in devices or ():
         if device.is_late(now):
-            seen = f"last seen {pacing.span(now - device.last_seen_at)} ago" if device.last_seen_at else "never seen"
-            found.append(f"device {device.name!r}, {seen}, keeps {device.waiting + device.collected} messages waiting")
+            kept = device.waiting + device.collected
+            found.append(f"device {device.name!r}, {device.seen(now)}, keeps {kept} messages waiting")
     if devices is not None and not devices:
-        found.append("there is no device: `python db.py add-device NAME` makes one")
+        found.append(pacing.NO_DEVICE)
     return found
 
 
@@ -835,7 +834,7 @@ def watch(console: Console, interval: timedelta) -> int:
 
 
 def show_forecast(console: Console, interval: timedelta, batch_id: str, as_json: bool) -> int:
-    quinn, icloud, problems = look_around(interval, batch_id)
+    quinn, icloud, problems = look_around(batch_id)
     for problem in problems:
         sys.stderr.write(f"status.py: {problem.what}: {problem.cure}\n")
     if quinn is None:

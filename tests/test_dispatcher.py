@@ -24,7 +24,7 @@ import pytest
 import requests
 import responses
 import schedule
-from conftest import ROOT, SERVICE_TOKEN, Script, World, until
+from conftest import ROOT, SERVICE_TOKEN, Databases, Script, World, until
 
 import db
 import dispatcher
@@ -1173,6 +1173,30 @@ def test_missing_tables_are_answered_with_the_command_that_makes_them(
     assert "db.py migrate" in caplog.text
 
 
+def test_a_role_that_may_not_write_is_answered_with_what_to_grant(
+    databases: Databases, caplog: pytest.LogCaptureFixture
+) -> None:
+    def forbidden(quinn: Any, _: Any) -> dispatcher.Tally:
+        db.query(quinn, "DO $$ BEGIN RAISE SQLSTATE '42501'; END $$")
+        return dispatcher.Tally()
+
+    assert dispatcher.run("sync", forbidden) is None
+    assert "GRANT the tables' owner" in caplog.text
+
+
+def test_a_job_that_a_stop_ends_while_it_waits_for_the_lock_blames_nobody(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.quinn("SELECT pg_advisory_lock(hashtext('outreach-dispatcher'))")
+    waits = "SELECT query LIKE 'SELECT pg_try_advisory_lock%' FROM pg_stat_activity WHERE datname = current_database()"
+    with ThreadPoolExecutor() as threads:
+        waiting = threads.submit(dispatcher.run, "sync", dispatcher.sync)
+        until(lambda: (True,) in db.query(world.databases.quinn, waits))
+        dispatcher.stop.set()
+        assert waiting.result(5) is None
+    assert not caplog.records
+
+
 def test_a_second_dispatcher_waits_for_the_lock_and_says_why_it_gave_up(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1181,6 +1205,8 @@ def test_a_second_dispatcher_waits_for_the_lock_and_says_why_it_gave_up(
     world.quinn(rival)
     assert dispatcher.run("sync", dispatcher.sync) is None
     assert "another dispatcher has been at work" in caplog.text
+    [(pid,)] = world.quinn("SELECT pg_backend_pid()")
+    assert pid in [holder for holder, _ in world.quinn(caplog.messages[0].partition("see ")[2])]
     monkeypatch.setattr(dispatcher, "LOCK_WAIT", 10)
     with ThreadPoolExecutor() as threads:
         patient = threads.submit(dispatcher.run, "sync", dispatcher.sync)
@@ -1259,6 +1285,8 @@ def test_without_a_token_the_daemon_warns_and_exits_with_0() -> None:
     [
         ("MAC_SYNC_SERVICE_TOKEN", "fifteen-letters", "MAC_SYNC_SERVICE_TOKEN"),
         ("QUINN_ICLOUD_DB_URL", "", "QUINN_ICLOUD_DB_URL"),
+        ("QUINN_DB_URL", "localhost:5432/quinn", "QUINN_DB_URL"),
+        ("MAC_SYNC_BASE_URL", "localhost:3201", "MAC_SYNC_BASE_URL"),
         ("DISPATCH_INTERVAL_SECONDS", "soon", "DISPATCH_INTERVAL_SECONDS"),
     ],
 )

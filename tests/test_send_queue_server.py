@@ -129,6 +129,7 @@ def test_what_an_operator_has_to_look_at_is_a_warning(
         assert call().status_code == status
         [line] = [line for line in caplog.records if f"status={status}" in line.getMessage()]
         assert line.levelname == ("WARNING" if status in (401, 409) else "INFO")
+        assert ("compare its token" in line.getMessage()) is (status == 401)
 
 
 def test_neither_token_opens_the_other_ones_paths(base_url: str, admin: Client, mac: Client, mac_id: str) -> None:
@@ -591,6 +592,20 @@ def test_missing_tables_are_a_500_and_the_log_says_what_to_run(
     assert "migrate" not in caplog.text
 
 
+def test_what_the_role_may_not_do_is_a_500_and_the_log_says_what_to_grant(
+    admin: Client, mac_id: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    execute = db.Database._execute
+
+    def forbidden(self: db.Database, conn: Any, *_: object) -> list[db.Row]:
+        return execute(self, conn, "DO $$ BEGIN RAISE SQLSTATE '42501'; END $$", None)
+
+    monkeypatch.setattr(db.Database, "_execute", forbidden)
+    assert admin.enqueue(mac_id).status_code == 500
+    assert "GRANT the tables' owner" in caplog.text
+    assert "migrate" not in caplog.text
+
+
 def test_a_bug_is_a_500_in_json_and_its_words_are_not_logged(
     mac: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -871,7 +886,7 @@ def test_the_server_does_not_start_without_a_service_token_of_sixteen_characters
 def test_a_port_in_use_is_said(world: World, server: tuple[Script, str], start: Callable[..., Script]) -> None:
     port = server[1].rsplit(":", 1)[1]
     script = start("send_queue_server.py", SEND_QUEUE_PORT=port)
-    assert script.process.wait(10) == 1
+    assert script.process.wait(10) == 2
     assert f"cannot listen on 127.0.0.1:{port}" in script.lines()[-1]
     assert "SEND_QUEUE_PORT" in script.lines()[-1]
 

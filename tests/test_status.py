@@ -273,7 +273,7 @@ SITUATIONS: list[tuple[Setting, str, int]] = [
     (device_never_seen, r"Held: waiting for device 'mac-mini', never seen; 1 message in flight\.", 1),
     (last_in_flight, r"Held: waiting for device 'mac-mini', last seen 3 s ago; 1 message in flight\.", 0),
     (results_to_read, r"Held: waiting for the next tick to read the results; 1 message in flight\.", 0),
-    (no_device, r"Failing: there is no device to send with: `python db.py add-device NAME` makes one\.", 1),
+    (no_device, r"Failing: there is no device: `python db.py add-device NAME` makes one\.", 1),
     (server_is_down, r"Held: the send queue server could not be asked for 4 min\.", 1),
     (stopped, r"Dispatcher not running: last tick 11 min ago\.", 1),
     (never_ran, r"Dispatcher not running: it has not run yet\.", 1),
@@ -319,8 +319,8 @@ NOWHERE = "postgresql://somebody:secret-word@127.0.0.1:1/nowhere"
 def test_with_both_databases_down_it_says_so_and_what_to_do() -> None:
     done = run(QUINN_DB_URL=NOWHERE, QUINN_ICLOUD_DB_URL=NOWHERE)
     assert done.returncode == 1
-    assert done.stdout.startswith("Held: database quinn is down; database icloud is down.\n")
-    assert "Connection refused; start PostgreSQL, or mend QUINN_ICLOUD_DB_URL\n" in done.stdout
+    assert done.stdout.startswith("Held: database quinn cannot be reached; database icloud cannot be reached.\n")
+    assert "Connection refused; start PostgreSQL, mend QUINN_ICLOUD_DB_URL, or" in done.stdout
     assert "Traceback" not in done.stderr
     assert "secret-word" not in done.stdout + done.stderr
 
@@ -330,18 +330,18 @@ def test_with_one_database_down_it_still_shows_the_other(world: World) -> None:
     sending(world)
     done = run(QUINN_ICLOUD_DB_URL=NOWHERE)
     assert done.returncode == 1
-    assert done.stdout.startswith("Held: database icloud is down")
+    assert done.stdout.startswith("Held: database icloud cannot be reached")
     assert "Batches" in done.stdout
     done = run(QUINN_DB_URL=NOWHERE)
     assert done.returncode == 1
-    assert done.stdout.startswith("Held: database quinn is down")
+    assert done.stdout.startswith("Held: database quinn cannot be reached")
     assert "mac-mini" in done.stdout
 
 
 def test_a_url_that_is_none_is_named_and_not_shown(world: World) -> None:
     done = run(QUINN_DB_URL="somebody secret-word")
-    assert done.returncode == 1
-    assert done.stdout.startswith("Held: database quinn has no usable URL.\nQUINN_DB_URL is no")
+    assert done.returncode == 2
+    assert done.stderr.startswith("status.py: QUINN_DB_URL is no PostgreSQL URL: set it to one such as postgresql://")
     assert "secret-word" not in done.stdout + done.stderr
 
 
@@ -350,6 +350,14 @@ def test_a_database_without_our_tables_is_sent_to_migrate(databases: Databases, 
     done = run(QUINN_DB_URL=bare, QUINN_ICLOUD_DB_URL=bare)
     assert done.returncode == 1
     assert "run `python db.py migrate`" in done.stdout
+
+
+def test_a_role_that_may_not_read_is_told_what_to_grant(databases: Databases) -> None:
+    def forbidden(conn: Any) -> None:
+        db.query(conn, "DO $$ BEGIN RAISE EXCEPTION 'permission denied' USING ERRCODE = '42501'; END $$")
+
+    words = "permission denied; GRANT the tables' owner to it"
+    assert status.look("quinn", forbidden) == (None, status.Problem("database quinn refuses this role", words))
 
 
 def contents(world: World) -> list[list[db.Row]]:

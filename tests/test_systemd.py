@@ -144,7 +144,8 @@ def test_the_socket_holds_the_servers_default_address_from_boot_on(monkeypatch: 
         monkeypatch.setenv(name, "postgresql://nowhere")
     for name in ("SEND_QUEUE_HOST", "SEND_QUEUE_PORT"):
         monkeypatch.delenv(name, raising=False)
-    assert send_queue_server.main([]) == 1
+    with pytest.raises(service.Misconfigured, match="cannot listen"):
+        send_queue_server.main([])
     assert addresses == [section(SOCKET, "Socket")["ListenStream"]]
     assert section(SOCKET, "Install")["WantedBy"] == "sockets.target"
 
