@@ -12,6 +12,7 @@ import functools
 import hmac
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -44,8 +45,9 @@ BODY_LIMIT = 64 * 1024  # bytes; the contract's
 READ_LIMIT = 1024 * 1024  # bytes
 HEADER_LIMIT = 16 * 1024  # bytes; a bearer token and a proxy's additions fit many times over
 # A request runs when it has been read to its end, so that a slow client holds a socket and never a thread.
-# A socket that says nothing is closed after this.
+# A socket that says nothing, or reads nothing of its answer, is closed after this.
 SILENCE_LIMIT = 20  # seconds
+SWEEP_PAUSE = 5  # seconds between two looks for such sockets
 CONNECTION_LIMIT = 1000  # sockets; above it new ones wait in the backlog
 # One would wait for each commit, and take a third fewer messages a second; four fight over the interpreter's lock,
 # and answer a sixth fewer polls. For more than one core, run more processes (`make bench`).
@@ -412,9 +414,12 @@ class JSONErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]  # waitress 
         code, reason = self.request.error.code, self.request.error.reason
         if code == 501:
             code, reason = 400, "Bad Request"
-        sentence = {413: "the body is too large", 431: "the headers are too large"}.get(
-            code, "this is not a valid HTTP request"
-        )
+        sentences = {
+            413: "the body is too large",
+            431: "the headers are too large",
+            500: "the server failed; its log names the error",
+        }
+        sentence = sentences.get(code, "this is not a valid HTTP request")
         body = msgspec.json.encode({"success": False, "error": sentence})
         self.status = f"{code} {reason}"
         self.response_headers.append(("Content-Type", "application/json"))
@@ -442,19 +447,32 @@ class Task(waitress.task.WSGITask):  # type: ignore[misc]  # waitress has no typ
 
 
 class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitress has no type hints
-    """waitress' parser, which lets a URI such as `http://[` through to an exception and a closed connection."""
+    """waitress' parser, with two of its gaps filled: what it raises at a URI such as `http://[` closes the connection,
+    and after the `100 Continue` for a request without a body it waits for that body.
+    """
 
     def parse_header(self, header_plus: bytes) -> None:
         try:
             super().parse_header(header_plus)
         except ValueError:
             raise waitress.parser.ParsingError("Bad URI") from None
+        finally:
+            if self.body_rcv is None:
+                self.expect_continue = False
 
 
 class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress has no type hints
     parser_class = Parser
     task_class = Task
     error_task_class = JSONErrorTask
+
+    def handle_expt(self) -> None:
+        """A byte of urgent data. Nobody sends one for good, and poll() would report it without end."""
+        self.handle_close()
+
+    def waits(self) -> bool:
+        """Whether it has a request to run, and has read the answers before it."""
+        return bool(self.requests) and self.total_outbufs_len < UNREAD_LIMIT
 
 
 class Worker(threading.Thread):
@@ -470,6 +488,7 @@ class Worker(threading.Thread):
         self.channels: dict[int, Any] = {}
         self.tasks: collections.deque[Channel] = collections.deque()  # connections that have a request to run
         self.stopping = False
+        self.next_sweep = 0.0  # as time.time() has it
         self.server = waitress.create_server(
             app,
             map=self.channels,
@@ -478,13 +497,12 @@ class Worker(threading.Thread):
             max_request_body_size=READ_LIMIT,
             max_request_header_size=HEADER_LIMIT,
             inbuf_overflow=BODY_LIMIT,  # a longer body waits in a file for its 413
-            channel_timeout=SILENCE_LIMIT,
-            cleanup_interval=5,
             connection_limit=connections,
             outbuf_high_watermark=sys.maxsize,  # never wait for a client that does not read: see turn()
             ident=None,
         )
         self.server.channel_class = Channel
+        self.server.next_channel_cleanup = math.inf  # never by waitress: see sweep()
         self.server.pull_trigger = lambda: None  # it would wake the thread that reads, which is this one
 
     def add_task(self, channel: Channel) -> None:
@@ -495,24 +513,48 @@ class Worker(threading.Thread):
         try:
             while not self.stopping:
                 self.turn(timeout=1)
+                if not self.server.accepting:
+                    raise RuntimeError("waitress has closed the listening socket")
             self.drain()
         except BaseException as error:  # noqa: BLE001  # its clients would wait for ever; systemd starts a new process
-            frames = "".join(traceback.format_tb(error.__traceback__))
-            logger.critical("a thread failed, so the server stops error=%s\n%s", type(error).__name__, frames)
+            logger.critical("a thread failed, so the server stops error=%s\n%s", type(error).__name__, _frames(error))
             os._exit(1)
 
     def turn(self, timeout: float) -> None:
-        """Wait for clients, `timeout` seconds at most, and run what they have asked."""
+        """Wait for clients, `timeout` seconds at most, and run what they have asked, a request of each."""
+        if any(channel.waits() for channel in self.tasks):
+            timeout = 0
         # poll(), since select() fails beyond 1,024 descriptors
         waitress.wasyncore.loop(timeout=timeout, use_poll=True, map=self.channels, count=1)
-        unread = []
-        while self.tasks:
+        self.sweep()
+        for _ in range(len(self.tasks)):
             channel = self.tasks.popleft()
-            if channel.total_outbufs_len < UNREAD_LIMIT:
-                channel.service()  # which adds it to the tasks again when the client has sent two requests at once
+            if channel.waits() or not channel.connected:
+                self.run_task(channel)
             else:
-                unread.append(channel)
-        self.tasks.extend(unread)
+                self.tasks.append(channel)
+
+    def run_task(self, channel: Channel) -> None:
+        """Answer a connection's next request; if it has sent another one already, that is a task again."""
+        try:
+            channel.service()
+        except Exception as error:  # noqa: BLE001  # of the system or in waitress: it must not cost the others
+            logger.error("a connection failed, and is closed error=%s\n%s", type(error).__name__, _frames(error))
+            channel.handle_close()
+
+    def sweep(self) -> None:
+        """Close the connections that have been silent for too long.
+
+        waitress' own look for them comes before it reads, and would close one whose request came while this thread
+        was held up; and it spares those that do not read their answers.
+        """
+        now = time.time()
+        if now < self.next_sweep:
+            return
+        self.next_sweep = now + SWEEP_PAUSE
+        for channel in list(self.server.active_channels.values()):
+            if channel.last_activity < now - SILENCE_LIMIT and not channel.waits():
+                channel.handle_close()
 
     def stop(self) -> None:
         """End soon; from another thread."""
@@ -527,8 +569,12 @@ class Worker(threading.Thread):
         waitress.wasyncore.dispatcher.close(self.server)  # the listening socket only
         start = time.monotonic()
         while self.server.active_channels and time.monotonic() - start < SHUTDOWN_LIMIT:
-            channels = self.server.active_channels.values()
-            busy = any(channel.requests or channel.total_outbufs_len for channel in channels)
+            busy = any(
+                channel.requests
+                or channel.total_outbufs_len
+                or (channel.request and time.time() - channel.last_activity < SHUTDOWN_SILENCE)
+                for channel in self.server.active_channels.values()
+            )
             if not busy and time.monotonic() - start > SHUTDOWN_SILENCE:
                 break
             self.turn(timeout=0.05)
@@ -540,7 +586,8 @@ def serve(app: bottle.Bottle, sockets: Sequence[socket.socket], threads: int) ->
     """Serve on sockets that listen, with so many threads each, until SIGTERM or SIGINT; then end within 10 s."""
     ends = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # the workers inherit it: the signals are for sigwait() below
-    workers = [Worker(app, listening, CONNECTION_LIMIT // threads) for listening in sockets for _ in range(threads)]
+    share = CONNECTION_LIMIT // (threads * len(sockets))
+    workers = [Worker(app, listening, share) for listening in sockets for _ in range(threads)]
     for listening in sockets:
         logger.info("send-queue-server listening port=%s threads=%d", listening.getsockname()[1], threads)
         listening.close()  # each worker has its own descriptor
