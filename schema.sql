@@ -25,6 +25,7 @@
 --                     |  \--------/                    (withdrawn)
 --                     |---> skipped                    (nobody to send it to)
 --                     \---> failed                     (refused by the server; --retry: failed --> pending)
+--                  pending --> sent or failed         (claimed; its answer was lost, and its row has ended)
 --
 --   a batch:       draft --> sending <--> paused       set by its owner, as is `cancelled`;
 --                  sending --> sent                    set by the dispatcher, when every item has ended
@@ -169,7 +170,7 @@ ALTER TABLE outreach_batch_items ADD COLUMN IF NOT EXISTS claimed_at TIMESTAMPTZ
 
 -- One row. A NULL limit means none. Quiet hours are HH:MM, both or neither, in `quiet_hours_tz`
 -- (an IANA name; NULL: the dispatcher host's local time). They carry no CHECK: a value that cannot be
--- read disables them with a warning in the log, by the specification.
+-- read disables them with a warning in the log.
 CREATE TABLE IF NOT EXISTS outreach_settings (
     id                 INTEGER PRIMARY KEY DEFAULT 1,
     paused             BOOLEAN NOT NULL DEFAULT false,
