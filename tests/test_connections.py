@@ -159,6 +159,21 @@ send_queue_server.main([])
     assert "a thread failed, so the server stops error=RuntimeError" in script.log.read_text()
 
 
+def test_a_descriptor_beyond_what_select_can_take_is_served(start: Callable[..., Script], databases: Databases) -> None:
+    crowded = """
+import os, resource, send_queue_server
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (2048, hard))
+many = [os.dup(0) for _ in range(1100)]
+send_queue_server.main([])
+"""
+    script = start("-c", crowded, SEND_QUEUE_PORT="0")
+    port = int(script.wait_for("listening").partition("port=")[2].split()[0])
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(QUICK)
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 404")
+
+
 def test_two_sockets_share_the_number_of_connections(tmp_path: Path, databases: Databases) -> None:
     """systemd hands on both of two ListenStream= lines."""
     limited = "import send_queue_server; send_queue_server.CONNECTION_LIMIT = 16; send_queue_server.main([])"
