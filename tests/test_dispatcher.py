@@ -351,6 +351,7 @@ def test_of_two_primary_handles_the_first_in_order_is_written_to(world: World, m
     world.device()
     client = world.client("+14155550188")
     world.quinn("INSERT INTO contact_relationships VALUES (%(id)s, '+14155550123', true)", id=client)
+    world.quinn("INSERT INTO contact_relationships VALUES (%(id)s, '+14155550100', false)", id=client)
     world.batch(clients=[client])
     tick(world, mac_sync)
     assert world.icloud("SELECT to_handle FROM icloud.send_queue") == [("+14155550123",)]
@@ -637,6 +638,21 @@ def test_an_item_that_another_hand_changed_meanwhile_is_left_as_it_is(
     assert world.statuses() == ["skipped"]
     assert "changed by another hand" in loud(caplog)[0].message
     assert sync(world)["withdrawn"] == 1  # nobody wants its row any more
+
+
+def test_an_item_that_another_hand_ends_during_its_refusal_stays_as_it_was_made(
+    world: World, mac_sync: dispatcher.MacSync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.device()
+    world.batch(clients=1)
+
+    def meanwhile(*_: Any) -> str:
+        world.quinn("UPDATE outreach_batch_items SET status = 'skipped', failure_reason = 'not now'")
+        raise dispatcher.Rejected("HTTP 400")
+
+    monkeypatch.setattr(dispatcher.MacSync, "enqueue", meanwhile)
+    tick(world, mac_sync)
+    assert world.quinn("SELECT status, failure_reason FROM outreach_batch_items") == [("skipped", "not now")]
 
 
 def test_a_stop_leaves_the_rest_of_the_tick_to_the_next_start(
