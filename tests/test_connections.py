@@ -141,6 +141,15 @@ def test_a_failure_of_one_connection_is_not_the_others(
     assert WORDS not in caplog.text
 
 
+def test_an_application_that_fails_as_a_whole_is_a_500_in_json(worker: send_queue_server.Worker) -> None:
+    worker.server.application = lambda *_: 1 / 0
+    with connect(worker) as connection:
+        connection.sendall(QUICK)
+        answer = connection.recv(65_536)
+    assert answer.startswith(b"HTTP/1.1 500")
+    assert answer.endswith(b'{"success":false,"error":"the server failed; its log names the error"}')
+
+
 def test_a_server_whose_listening_socket_is_gone_ends_so_that_it_is_started_again(start: Callable[..., Script]) -> None:
     broken = """
 import send_queue_server

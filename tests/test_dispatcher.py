@@ -164,7 +164,7 @@ def test_an_hour_of_sending_is_told_in_a_few_lines(caplog: pytest.LogCaptureFixt
         (limit, "sending is held: limit reached"), (gap, ""), (sending, ""), (limit, ""),
         (night, "sending is held: quiet hours"), (night, ""),
         (sending, "sending"), (gap, "sending is held: minimum gap"), (sending, ""),
-        (None, "nothing to send"), (None, ""), (sending, "sending"),
+        (None, "nothing to send"), (None, ""), (sending, "sending"), (None, "nothing to send"),
     ]  # fmt: skip
     story = dispatcher.Story()
     for verdict, words in told:
@@ -1139,7 +1139,10 @@ def test_a_job_that_raises_stops_neither_the_other_one_nor_its_own_next_run(
     assert caplog.text.count("job 0 job failed") == 2
 
 
-def test_the_jobs_run_on_when_the_wall_clock_is_set_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seconds", [0, 0.3], ids=["between the jobs", "after both"])
+def test_the_jobs_run_on_when_the_wall_clock_is_set_back(
+    world: World, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
     back = timedelta(0)
 
     class WallClock(clock.datetime):
@@ -1155,14 +1158,17 @@ def test_the_jobs_run_on_when_the_wall_clock_is_set_back(world: World, monkeypat
             dispatcher.stop.set()
         return dispatcher.Tally()
 
-    def set_back(*_: object) -> dispatcher.Tally:
+    def set_back() -> None:
         nonlocal back
-        back = timedelta(hours=-1)  # the job before this one has its next run an hour away now
+        back = timedelta(hours=-1)  # what has its next run planned has it an hour away now
+
+    def last_job(*_: object) -> dispatcher.Tally:
+        threading.Timer(seconds, set_back).start() if seconds else set_back()
         return dispatcher.Tally()
 
     stand_in = types.SimpleNamespace(**{**vars(clock), "datetime": WallClock})
     monkeypatch.setattr(schedule, "datetime", stand_in)
-    thread = threading.Thread(target=loop, args=(monkeypatch, job, set_back))
+    thread = threading.Thread(target=loop, args=(monkeypatch, job, last_job))
     thread.start()
     thread.join(5)
     dispatcher.stop.set()
