@@ -326,8 +326,9 @@ def test_only_a_sending_batch_that_is_no_dry_run_is_touched(world: World, mac_sy
 
 
 def test_a_client_without_a_primary_handle_is_skipped_and_the_next_one_written_to_in_the_same_turn(
-    world: World, mac_sync: dispatcher.MacSync
+    world: World, mac_sync: dispatcher.MacSync, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     world.device()
     secondary = world.client(handle=None)
     world.quinn("INSERT INTO contact_relationships VALUES (%(id)s, '+14155550177', false)", id=secondary)
@@ -336,6 +337,7 @@ def test_a_client_without_a_primary_handle_is_skipped_and_the_next_one_written_t
     assert world.statuses(batch_id) == ["skipped", "skipped", "queued", "pending"]
     reasons = world.quinn("SELECT DISTINCT failure_reason FROM outreach_batch_items WHERE status = 'skipped'")
     assert reasons == [("no primary handle found",)]
+    assert len([line for line in caplog.messages if line.startswith("item skipped item=")]) == 2
 
 
 def test_who_was_written_to_before_does_not_hide_who_cannot_be(world: World, mac_sync: dispatcher.MacSync) -> None:
@@ -1294,6 +1296,11 @@ def test_a_retried_item_gets_a_second_row_after_its_first_one_failed(
     assert dispatcher.retry(batch_id) == 0
     tick(world, mac_sync)
     assert row_statuses(world) == [("failed", False), ("queued", False)]
+
+
+def test_a_tick_comes_every_thirty_seconds_unless_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DISPATCH_INTERVAL_SECONDS", raising=False)
+    assert dispatcher.interval() == 30
 
 
 def test_without_a_token_the_daemon_warns_and_exits_with_0() -> None:

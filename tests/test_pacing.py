@@ -205,7 +205,12 @@ def test_what_waits_longest_is_what_is_read(world: World) -> None:
     for minutes in (5, 9, 7):
         world.icloud(insert, device=young, at=now - timedelta(minutes=minutes))
     world.icloud("UPDATE icloud.devices SET created_at = now() - interval '1 day' WHERE id = %(id)s", id=old)
-    first, second = pacing.devices(world.databases.icloud)
+    older = [world.device(f"number {days}") for days in range(2, 10)]
+    for days, device in enumerate(older, 2):
+        sql = "UPDATE icloud.devices SET created_at = now() - %(days)s * interval '1 day' WHERE id = %(id)s"
+        world.icloud(sql, id=device, days=days)
+    *oldest, first, second = pacing.devices(world.databases.icloud)
+    assert [device.id for device in oldest] == older[::-1]
     assert (first.id, first.oldest_at) == (old, None)
     assert (second.id, second.oldest_at, second.waiting) == (young, now - timedelta(minutes=9), 3)
 
