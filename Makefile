@@ -23,6 +23,9 @@ SECONDS ?= 3600
 soak: .venv/faults  ## break everything at random for an hour, or `make soak SECONDS=600`
 	@PYTHONPATH=. $(BIN)/python tests/campaign.py --seconds $(SECONDS) --seed $(or $(SEED),1)
 
+mutants: .venv/mutants  ## damage the product in some 500 small ways, and see that a test notices each; an hour and more on two cores
+	@$(BIN)/python tests/mutants.py
+
 bench: .venv/bench  ## measure the product beside its limits and its peers, in a quarter of an hour or so
 	@$(BIN)/python demo/bench.py
 
@@ -37,4 +40,4 @@ lint: .venv/lint  ## formatting, lints and types
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
-.PHONY: help demo run test faults soak bench lint
+.PHONY: help demo run test faults soak mutants bench lint
