@@ -529,7 +529,7 @@ class Worker(threading.Thread):
         self.sweep()
         for _ in range(len(self.tasks)):
             channel = self.tasks.popleft()
-            if channel.waits() or not channel.connected:
+            if channel.waits():
                 self.run_task(channel)
             else:
                 self.tasks.append(channel)
