@@ -238,6 +238,12 @@ class Script:
         """The first log line that has `phrase`, once there is one."""
         return until(lambda: next((line for line in self.lines() if phrase in line), None), seconds)
 
+    def port(self) -> int:
+        """Where the server listens, once it does."""
+        port = re.search(r"port=(\d+)", self.wait_for("listening"))
+        assert port
+        return int(port[1])
+
     def lines(self) -> list[str]:
         return self.log.read_text().splitlines()
 
@@ -266,9 +272,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Script]]:
 def server(databases: Databases, start: Callable[..., Script]) -> tuple[Script, str]:
     """The send queue server as a real process on a free port, and its base URL."""
     script = start("send_queue_server.py", SEND_QUEUE_PORT="0")
-    port = re.search(r"port=(\d+)", script.wait_for("listening"))
-    assert port
-    return script, f"http://127.0.0.1:{port[1]}"
+    return script, f"http://127.0.0.1:{script.port()}"
 
 
 T = TypeVar("T")

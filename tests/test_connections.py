@@ -162,8 +162,7 @@ send_queue_server.main([])
     script = start(
         "-c", broken, SEND_QUEUE_PORT="0", QUINN_ICLOUD_DB_URL="postgresql://x", QUINN_DB_URL="postgresql://x"
     )
-    port = int(script.wait_for("listening").partition("port=")[2].split()[0])
-    with socket.create_connection(("127.0.0.1", port), timeout=10):
+    with socket.create_connection(("127.0.0.1", script.port()), timeout=10):
         assert script.process.wait(10) == 1
     assert "waitress has closed the listening socket" in script.log.read_text()
     assert "a thread failed, so the server stops error=RuntimeError" in script.log.read_text()
@@ -178,8 +177,7 @@ many = [os.dup(0) for _ in range(1100)]
 send_queue_server.main([])
 """
     script = start("-c", crowded, SEND_QUEUE_PORT="0")
-    port = int(script.wait_for("listening").partition("port=")[2].split()[0])
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", script.port()), timeout=10) as connection:
         connection.sendall(QUICK)
         assert connection.recv(65_536).startswith(b"HTTP/1.1 404")
 

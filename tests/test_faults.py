@@ -8,7 +8,6 @@ does the rest of the work, and history.py judges all that has happened.
 
 import contextlib
 import itertools
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -89,9 +88,7 @@ class Lab:
     def serve(self, **environment: str) -> tuple[Script, str]:
         """A server on a free port, and its base URL."""
         script = self.start("send_queue_server.py", SEND_QUEUE_PORT="0", **environment)
-        port = re.search(r"port=(\d+)", script.wait_for("listening"))
-        assert port
-        return script, f"http://127.0.0.1:{port[1]}"
+        return script, f"http://127.0.0.1:{script.port()}"
 
     def clear(self) -> None:
         """Empty databases, as at the start of time."""

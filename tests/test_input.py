@@ -23,7 +23,7 @@ SECRETS = (SECRET_BODY, SECRET_HANDLE, DEVICE_TOKEN, SERVICE_TOKEN)
 def talkative(databases: object, start: Callable[..., Script]) -> tuple[Script, int]:
     """The server's real process with all that it can log, and its port."""
     script = start("send_queue_server.py", SEND_QUEUE_PORT="0", LOG_LEVEL="DEBUG")
-    return script, int(script.wait_for("listening").split("port=")[1].split()[0])
+    return script, script.port()
 
 
 def malformed(seed: int) -> Iterator[bytes]:

@@ -700,7 +700,7 @@ def test_postgresql_killed_under_load_is_a_503_until_it_is_back_and_costs_no_mes
 ) -> None:
     url = private_postgres.url
     script = start("send_queue_server.py", SEND_QUEUE_PORT="0", QUINN_ICLOUD_DB_URL=url, QUINN_DB_URL=url)
-    base_url = f"http://127.0.0.1:{script.wait_for('listening').split('port=')[1].split()[0]}"
+    base_url = f"http://127.0.0.1:{script.port()}"
     with closing(db.connect(url)) as conn:
         sql = "INSERT INTO icloud.devices (name, token) VALUES ('mac-mini', 'mac-mini') RETURNING id"
         [(mac_id,)] = db.query(conn, sql)
@@ -801,7 +801,7 @@ def test_a_client_that_does_not_read_its_answers_keeps_nobody_waiting(
 ) -> None:
     """It sends polls of 3 MB each, ten at once, to the only thread; and gets them all when it reads at last."""
     script = start("send_queue_server.py", SEND_QUEUE_PORT="0", SEND_QUEUE_THREADS="1", LOG_LEVEL="DEBUG")
-    base_url = f"http://127.0.0.1:{script.wait_for('listening').partition('port=')[2].split()[0]}"
+    base_url = f"http://127.0.0.1:{script.port()}"
     big, _ = world.device("big"), world.device("mac-mini")
     world.icloud(
         "INSERT INTO icloud.send_queue (device_id, to_handle, body)"
@@ -843,7 +843,7 @@ def test_a_request_that_the_database_holds_does_not_hold_a_stop(world: World, st
     world.device("mac-mini")
     patient = f"{world.databases.icloud_url} options='-c lock_timeout=60s -c statement_timeout=60s'"
     script = start("send_queue_server.py", SEND_QUEUE_PORT="0", QUINN_ICLOUD_DB_URL=patient)
-    base_url = f"http://127.0.0.1:{script.wait_for('listening').partition('port=')[2].split()[0]}"
+    base_url = f"http://127.0.0.1:{script.port()}"
     with closing(db.connect(world.databases.icloud_url)) as holder:
         holder.autocommit = False
         db.query(holder, "LOCK TABLE icloud.send_queue")
