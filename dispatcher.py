@@ -6,11 +6,11 @@ icloud.send_queue, and withdraws rows of the latter. Example:
 
     python dispatcher.py --once
 
-A crash at any instruction is safe, because of the order in which things are written:
+A crash at any instruction is safe, because of the order of the writes:
 
     claim (commit) -> POST enqueue (the server commits) -> record (commit)
 
-A crash or a lost answer in between leaves a claimed item. It counts as in flight, and the next sync finds
+A crash or a lost response in between leaves a claimed item. It counts as in flight, and the next sync finds
 its row in the queue, or the next tick repeats the request, which the queue's unique batch_item_id makes harmless.
 """
 
@@ -23,10 +23,11 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 import psycopg2
@@ -34,38 +35,37 @@ import psycopg2.errors
 import requests
 import schedule
 
+import batches
 import db
+import handles
 import pacing
 import service
 
-LOCK = "outreach-dispatcher"  # hashed into the advisory lock's key
-LOCK_WAIT = 10  # seconds that a second dispatcher waits for the first one's job
-# Seconds to connect and to wait for an answer: with the recording after it still within a stop's ten seconds.
+# Seconds to connect and to wait for a response: with the recording after it still within a stop's ten seconds.
 HTTP_TIMEOUT = (2, 5)
 RETRIES = 2  # of a 500, which may be one bad moment of the server's
 RETRY_PAUSE = 0.5  # seconds
 REASON_LENGTH = 500  # characters of an error text that an item keeps
+NO_REASON = "the device gave no reason"
+DEVICE_GONE_AFTER = timedelta(days=1)  # a device that was not seen for so long is passed over while another one lives
+MAX_SKIPPED = 10_000  # items that one tick skips of a batch, so that a statement always ends within its time-out
 
 Connection = Any  # psycopg2's connection
-Tally = Counter[str]
-Job = Callable[[Connection, Connection], Tally]
+JobCounts = Counter[str]
+Job = Callable[[Connection, Connection], JobCounts]
 logger = logging.getLogger("outreach-dispatcher")
 stop = threading.Event()
 
 
-class Outage(Exception):
-    """mac-sync could not be asked about an item. `mend`: an operator has to act, waiting will not help."""
+class ServerUnavailable(Exception):
+    """mac-sync could not be asked about an item. `remedy`: what an operator has to do; None: waiting helps."""
 
-    def __init__(self, kind: str, mend: bool = False) -> None:
-        super().__init__(kind)
-        self.mend = mend
-
-
-class Busy(Exception):
-    """Another dispatcher holds the lock."""
+    def __init__(self, what: str, remedy: str | None = None) -> None:
+        super().__init__(what)
+        self.remedy = remedy
 
 
-class Rejected(Exception):
+class EnqueueRejected(Exception):
     """mac-sync judged the item. The message, the item's failure reason, may quote it: it is not for the log."""
 
 
@@ -75,12 +75,25 @@ class Item(NamedTuple):
     id: str
     batch_id: str
     body: str
+    created_at: datetime
     handle: str | None
     device_id: str | None
 
 
-class Change(NamedTuple):
-    """What a queue row has become, as it is written back to its item."""
+class QueueRow(NamedTuple):
+    """A row of the send queue, as sync reads it. `ended_at`: when it was sent."""
+
+    id: str
+    batch_item_id: str | None
+    status: str
+    device_id: str
+    ended_at: datetime
+    reason: str | None
+    is_withdrawn: bool
+
+
+class ItemUpdate(NamedTuple):
+    """What became of an item's queue row, as it is written back to the item."""
 
     item_id: str
     status: str
@@ -93,94 +106,53 @@ class Change(NamedTuple):
 # --- the sync job -------------------------------------------------------------------------------------
 
 
-def sync(quinn: Connection, icloud: Connection) -> Tally:
-    """Take back what should not be sent any more, then bring the results of what is in flight home."""
-    gate = pacing.closed(pacing.read(quinn))
-    tally = Tally(withdrawn=withdraw(quinn, icloud, gate))
-    changes = [*results(quinn, icloud), *adoptions(quinn, icloud)]
-    write_back(quinn, changes)
-    tally.update(change.status for change in changes)
-    release(quinn)
+def sync(quinn: Connection, icloud: Connection) -> JobCounts:
+    """Withdraw what must not be sent any more, then write back the results of what is in flight."""
+    hold = pacing.global_hold(pacing.read_snapshot(quinn))
+    counts = JobCounts(withdrawn=batches.withdraw(quinn, icloud, hold))
+    updates = [*fetch_results(quinn, icloud), *reconcile_claims(quinn, icloud)]
+    apply_updates(quinn, updates)
+    counts.update(update.status for update in updates)
+    release_claims(quinn)
+    # Here too, because dispatch does not get that far while sending is paused or the server is unavailable.
+    complete_batches(quinn, [batch.id for batch in pacing.batches(quinn) if not batch.pending])
     db.query(quinn, "UPDATE outreach_settings SET last_synced_at = now() WHERE id = 1")
-    return tally
+    return counts
 
 
-def withdraw(quinn: Connection, icloud: Connection, gate: pacing.Gate | None) -> int:
-    """Take back uncollected rows while sending is closed, of batches no longer sending, and those past their time.
-
-    It starts from the rows, since a crash may have left one whose item still says `pending`. A row without an
-    item was put in by hand, and is left alone.
-    """
-    uncollected = """
-        SELECT id, batch_item_id, COALESCE(valid_until <= now(), false)
-          FROM icloud.send_queue
-         WHERE status = 'queued' AND collected_at IS NULL AND batch_item_id IS NOT NULL
-    """
-    wanted = """
-        SELECT item.id,
-               batch.status = 'sending' AND NOT batch.dry_run AND item.status IN ('pending', 'queued')
-          FROM outreach_batch_items AS item
-          JOIN outreach_batches AS batch ON batch.id = item.batch_id
-         WHERE item.id = ANY (%(ids)s::uuid[])
-    """
-    take = """
-        UPDATE icloud.send_queue
-           SET status = 'failed', withdrawn_at = now(), updated_at = now(), failure_reason = %(reason)s
-         WHERE id = ANY (%(ids)s::uuid[]) AND status = 'queued' AND collected_at IS NULL
-        RETURNING id
-    """
-    rows = db.query(icloud, uncollected)
-    if not rows:
-        return 0
-    is_wanted: dict[str, bool] = dict(db.query(quinn, wanted, {"ids": [item_id for _, item_id, _ in rows]}))
-    ids = [
-        row_id
-        for row_id, item_id, expired in rows
-        if item_id in is_wanted and (gate or expired or not is_wanted[item_id])
-    ]
-    reason = f"withdrawn: {gate.reason if gate else 'its batch is not being sent, or its time is over'}"
-    taken = db.query(icloud, take, {"ids": ids, "reason": reason}) if ids else []
-    for (row_id,) in taken:
-        logger.info("row withdrawn sendQueueId=%s reason=%r", row_id, reason)
-    return len(taken)
-
-
-def results(quinn: Connection, icloud: Connection) -> Iterable[Change]:
-    """How the rows of the queued items ended; nothing for those that still wait."""
-    in_flight = "SELECT id, send_queue_id FROM outreach_batch_items WHERE status = 'queued'"
-    ended = """
-        SELECT id, status, device_id, COALESCE(sent_at, updated_at), failure_reason, withdrawn_at IS NOT NULL
+def fetch_results(quinn: Connection, icloud: Connection) -> list[ItemUpdate]:
+    """Return what became of the queued items; nothing for those that still wait."""
+    queued = "SELECT id, send_queue_id FROM outreach_batch_items WHERE status = 'queued'"
+    rows_of = """
+        SELECT id, batch_item_id, status, device_id, COALESCE(sent_at, updated_at), failure_reason,
+               withdrawn_at IS NOT NULL
           FROM icloud.send_queue
          WHERE id = ANY (%(ids)s::uuid[])
     """
-    items = db.query(quinn, in_flight)
-    if not items:
-        return
-    ids = [queue_id for _, queue_id in items if service.is_uuid(queue_id)]
-    rows = {row[0]: row[1:] for row in db.query(icloud, ended, {"ids": ids})}
+    items = db.query(quinn, queued)
+    ids = [queue_id for _, queue_id in items if service.is_uuid(queue_id)]  # the column is TEXT
+    rows = {row[0]: QueueRow(*row) for row in db.query(icloud, rows_of, {"ids": ids})} if items else {}
+    updates = []
     for item_id, queue_id in items:
         row = rows.get(queue_id.lower()) if service.is_uuid(queue_id) else None
         if row is None:
-            yield Change(item_id, "failed", queue_id, None, None, "send queue row no longer exists")
-            continue
-        status, device_id, ended_at, reason, withdrawn = row
-        if withdrawn:
-            yield Change(item_id, "pending", None, None, None, None)
-        elif status == "sent":
-            yield Change(item_id, "sent", queue_id, device_id, ended_at, None)
-        elif status == "failed":
-            yield Change(item_id, "failed", queue_id, device_id, None, reason or "the device gave no reason")
+            reason = "send queue row no longer exists"
+            updates.append(ItemUpdate(item_id, "failed", queue_id, None, None, reason))
+        elif row.status != "queued":
+            updates.append(item_update(item_id, row))
+    return updates
 
 
-def adoptions(quinn: Connection, icloud: Connection) -> Iterable[Change]:
-    """The rows of claimed items: their enqueue reached the queue, and its answer did not reach the item.
+def reconcile_claims(quinn: Connection, icloud: Connection) -> list[ItemUpdate]:
+    """Return the updates of claimed items whose row is in the queue: the response to their enqueue was lost.
 
-    An item's newest row tells, and it may have ended by now. What the item knows already (its failure before a
-    retry) or what was withdrawn is not of this claim.
+    An item's newest row counts, and it may have ended by now. The row that the item knows already (its failure
+    before a retry) and a withdrawn one do not belong to this claim.
     """
     claimed = "SELECT id, send_queue_id FROM outreach_batch_items WHERE status = 'pending' AND claimed_at IS NOT NULL"
-    newest = """
-        SELECT batch_item_id, id, status, device_id, sent_at, failure_reason, withdrawn_at IS NOT NULL
+    rows_of = """
+        SELECT id, batch_item_id, status, device_id, COALESCE(sent_at, updated_at), failure_reason,
+               withdrawn_at IS NOT NULL
           FROM (SELECT * FROM icloud.send_queue WHERE batch_item_id = ANY (%(ids)s::uuid[]) AND status <> 'failed'
                  UNION ALL
                 SELECT * FROM icloud.send_queue WHERE batch_item_id = ANY (%(ids)s::uuid[]) AND status = 'failed'
@@ -188,16 +160,27 @@ def adoptions(quinn: Connection, icloud: Connection) -> Iterable[Change]:
          ORDER BY created_at
     """
     known: dict[str, str | None] = dict(db.query(quinn, claimed))
-    rows = db.query(icloud, newest, {"ids": list(known)}) if known else []
-    for item_id, row in {row[0]: row[1:] for row in rows}.items():
-        queue_id, status, device_id, sent_at, reason, withdrawn = row
-        if withdrawn or queue_id == known[item_id]:
-            continue
-        logger.warning("item was in the queue already sendQueueId=%s item=%s: an answer was lost", queue_id, item_id)
-        yield Change(item_id, status, queue_id, device_id, sent_at, reason)
+    rows = [QueueRow(*row) for row in db.query(icloud, rows_of, {"ids": list(known)})] if known else []
+    updates = []
+    for item_id, row in {str(row.batch_item_id): row for row in rows}.items():
+        if not row.is_withdrawn and row.id != known[item_id]:
+            logger.warning("enqueue recovered sendQueueId=%s item=%s: response was lost", row.id, item_id)
+            updates.append(item_update(item_id, row))
+    return updates
 
 
-def write_back(quinn: Connection, changes: Sequence[Change]) -> None:
+def item_update(item_id: str, row: QueueRow) -> ItemUpdate:
+    """Map a queue row to its item: withdrawn -> pending; sent, failed and queued as they are."""
+    if row.is_withdrawn:
+        return ItemUpdate(item_id, "pending", None, None, None, None)
+    if row.status == "sent":
+        return ItemUpdate(item_id, "sent", row.id, row.device_id, row.ended_at, None)
+    if row.status == "failed":
+        return ItemUpdate(item_id, "failed", row.id, row.device_id, None, row.reason or NO_REASON)
+    return ItemUpdate(item_id, "queued", row.id, row.device_id, None, None)
+
+
+def apply_updates(quinn: Connection, updates: Sequence[ItemUpdate]) -> None:
     """queued -> sent, failed or (withdrawn) pending; a claimed pending one -> queued, sent or failed. One statement."""
     sql = """
         UPDATE outreach_batch_items AS item
@@ -215,25 +198,29 @@ def write_back(quinn: Connection, changes: Sequence[Change]) -> None:
          WHERE item.id = ended.item_id
            AND (item.status = 'queued' OR (item.status = 'pending' AND item.claimed_at IS NOT NULL))
     """
-    if not changes:
+    if not updates:
         return
-    db.query(quinn, sql, dict(zip(Change._fields, map(list, zip(*changes, strict=True)), strict=True)))
-    for change in changes:
-        if change.status == "sent":
-            logger.info("item sent sendQueueId=%s item=%s", change.queue_id, change.item_id)
-        elif change.status == "failed":
+    db.query(quinn, sql, dict(zip(ItemUpdate._fields, map(list, zip(*updates, strict=True)), strict=True)))
+    for update in updates:
+        if update.status == "sent":
+            logger.info("item sent sendQueueId=%s item=%s", update.queue_id, update.item_id)
+        elif update.status == "failed":
             # The reason is a device's words, which may name a person: it is in failure_reason, not in the log.
-            logger.warning("item failed item=%s sendQueueId=%s", change.item_id, change.queue_id)
+            logger.warning("item failed item=%s sendQueueId=%s", update.item_id, update.queue_id)
 
 
-def release(quinn: Connection) -> None:
-    """Give up the claims of batches that are no longer sending: no row came of them (adoptions has just looked)."""
+def release_claims(quinn: Connection) -> None:
+    """Give up the claims of batches that are no longer sending: they have no row (reconcile_claims has just looked)."""
     sql = """
+        WITH claimed AS MATERIALIZED (
+            SELECT id, batch_id FROM outreach_batch_items WHERE status = 'pending' AND claimed_at IS NOT NULL
+        )
         UPDATE outreach_batch_items AS item
            SET claimed_at = NULL, updated_at = now()
-          FROM outreach_batches AS batch
-         WHERE item.status = 'pending' AND item.claimed_at IS NOT NULL
-           AND batch.id = item.batch_id AND (batch.status <> 'sending' OR batch.dry_run)
+         WHERE CASE status WHEN 'pending' THEN true END
+           AND id = ANY (ARRAY(SELECT claimed.id
+                                 FROM claimed JOIN outreach_batches AS batch ON batch.id = claimed.batch_id
+                                WHERE batch.status <> 'sending' OR batch.dry_run))
     """
     db.query(quinn, sql)
 
@@ -241,164 +228,200 @@ def release(quinn: Connection) -> None:
 # --- the dispatch job ---------------------------------------------------------------------------------
 
 
-def dispatch(quinn: Connection, icloud: Connection, mac_sync: "MacSync") -> Tally:
-    """The second job of a tick: claim the items whose turn it is, as far as the settings let them, and enqueue them.
+def dispatch(quinn: Connection, icloud: Connection, client: "SendQueueClient") -> JobCounts:
+    """Claim the items that are served now, as far as the settings let them, and enqueue them.
 
     What an earlier tick claimed and could not enqueue goes first, and alone: it holds its place in the limits.
     """
-    # Once more, for a sync that failed: a request repeated after its row has ended would make a second one.
-    write_back(quinn, list(adoptions(quinn, icloud)))
-    pace = pacing.read(quinn)
-    gate = pacing.closed(pace)
-    if pace is None or gate:
-        story.tell(pace, gate)
-        return Tally(skipped=0, queued=0)
-    tally = Tally()
-    items = claimed(quinn)
-    perhaps_over = [item.batch_id for item in items]
+    # Again, for a sync that failed: a request repeated after its row has ended would make a second row.
+    apply_updates(quinn, reconcile_claims(quinn, icloud))
+    snapshot = pacing.read_snapshot(quinn)
+    hold = pacing.global_hold(snapshot)
+    if snapshot is None or hold:
+        decision_log.log_change(snapshot, hold)
+        mark_dispatched(quinn)
+        return JobCounts(skipped=0, queued=0)
+    counts = JobCounts()
+    devices = pacing.devices(icloud)
+    items = claimed_items(quinn)
+    completion_candidates = [item.batch_id for item in items]
     if not items:
-        tally["skipped"], perhaps_over = claim(quinn, icloud, pace)
-        items = claimed(quinn)
-    deliver(quinn, icloud, mac_sync, pace, items, tally)
-    complete(quinn, perhaps_over)
-    return tally
+        counts["skipped"], completion_candidates = claim(quinn, snapshot, devices)
+        items = claimed_items(quinn)
+    mark_dispatched(quinn)
+    enqueue_claimed(quinn, client, snapshot, devices, items, counts)
+    complete_batches(quinn, completion_candidates)
+    return counts
 
 
-def claim(quinn: Connection, icloud: Connection, pace: pacing.Pace) -> tuple[int, list[str]]:
-    """Claim the next item of each batch in turn while there is room.
+def mark_dispatched(quinn: Connection) -> None:
+    """Note that this job has decided what goes; status.py tells from it that the job works."""
+    db.query(quinn, "UPDATE outreach_settings SET last_dispatched_at = now() WHERE id = 1")
+
+
+def claim(quinn: Connection, snapshot: pacing.Snapshot, devices: Sequence[pacing.Device]) -> tuple[int, list[str]]:
+    """Claim the next item of each batch while the limits have capacity.
 
     Return how many items were skipped on the way, and the batches that may have no item left: all that had none,
-    and those that had their turn.
+    and those that were served.
     """
     skipped = 0
     waiting = pacing.batches(quinn)
-    perhaps_over = [batch.id for batch in waiting if not batch.pending]
+    completion_candidates = [batch.id for batch in waiting if not batch.pending]
 
-    def claim_turn(turn: Sequence[str]) -> int:
+    def claim_batches(batch_ids: Sequence[str]) -> int:
         nonlocal skipped
-        perhaps_over.extend(turn)
-        skipped += skip(quinn, turn)
-        return claim_heads(quinn, turn)
+        completion_candidates.extend(batch_ids)
+        item_ids, unreachable = next_items(quinn, batch_ids)
+        skipped += skip_unreachable(quinn, unreachable)
+        return claim_next_items(quinn, batch_ids, item_ids)
 
-    story.tell(pace, pacing.verdict(pace, waiting, pacing.devices(icloud)))
-    pace, passed_over = pacing.take_turns(pace, waiting, claim_turn)
-    if passed_over:
-        story.tell(pace, pacing.limited(pace))
-    return skipped, perhaps_over
+    decision = pacing.decide(snapshot, waiting, devices)
+    decision_log.log_change(snapshot, decision)
+    snapshot, rate_limited = pacing.claim_round_robin(snapshot, waiting, claim_batches)
+    if rate_limited and not isinstance(decision, pacing.Hold):
+        decision_log.log_change(snapshot, pacing.limit_hold(snapshot))
+    return skipped, completion_candidates
 
 
-def skip(quinn: Connection, turn: Sequence[str]) -> int:
-    """pending -> skipped, for the items at the head of their batch whose client has no primary handle."""
+def next_items(quinn: Connection, batch_ids: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return each batch's oldest pending item whose client has a primary handle, and the items before it.
+
+    It reads the items that are skipped and one more for each batch, whatever the planner believes: OFFSET 0 keeps
+    the EXISTS a look-up, and the LATERAL and the ARRAY are run once for each batch.
+    """
     sql = """
-        UPDATE outreach_batch_items AS item
-           SET status = 'skipped', failure_reason = 'no primary handle found', updated_at = now()
-          FROM unnest(%(turn)s::uuid[]) AS served (batch_id)
+        SELECT head.id,
+               ARRAY(SELECT id FROM outreach_batch_items
+                      WHERE batch_id = served.batch_id AND status = 'pending'
+                        AND (created_at, id) < (COALESCE(head.created_at, 'infinity'), head.id)
+                      ORDER BY created_at, id
+                      LIMIT %(max_skipped)s)::text[]
+          FROM unnest(%(batch_ids)s::uuid[]) AS served (batch_id)
           LEFT JOIN LATERAL (
                SELECT created_at, id
                  FROM outreach_batch_items AS candidate
                 WHERE batch_id = served.batch_id AND status = 'pending'
                   AND EXISTS (SELECT FROM contact_relationships
-                               WHERE client_id = candidate.client_id AND is_primary)
+                               WHERE client_id = candidate.client_id AND is_primary OFFSET 0)
                 ORDER BY created_at, id
                 LIMIT 1
-               ) AS reachable ON true
-         WHERE item.batch_id = served.batch_id AND item.status = 'pending'
-           AND (item.created_at, item.id) < (COALESCE(reachable.created_at, 'infinity'), reachable.id)
-        RETURNING item.id
+               ) AS head ON true
     """
-    skipped = db.query(quinn, sql, {"turn": turn})
+    rows = db.query(quinn, sql, {"batch_ids": list(batch_ids), "max_skipped": MAX_SKIPPED})
+    item_ids = [item_id for item_id, _ in rows if item_id]
+    return item_ids, [item_id for _, unreachable in rows for item_id in unreachable]
+
+
+def skip_unreachable(quinn: Connection, item_ids: Sequence[str]) -> int:
+    """pending -> skipped, for items whose client has no primary handle."""
+    sql = """
+        UPDATE outreach_batch_items
+           SET status = 'skipped', failure_reason = 'no primary handle found', updated_at = now()
+         WHERE id = ANY (%(ids)s::uuid[]) AND CASE status WHEN 'pending' THEN true END
+        RETURNING id
+    """
+    skipped = db.query(quinn, sql, {"ids": item_ids}) if item_ids else []
     for (item_id,) in skipped:
         logger.info("item skipped item=%s reason='no primary handle found'", item_id)
     return len(skipped)
 
 
-def claim_heads(quinn: Connection, turn: Sequence[str]) -> int:
-    """Claim the oldest pending item of each batch of `turn`, and note that the batch was served."""
+def claim_next_items(quinn: Connection, batch_ids: Sequence[str], item_ids: Sequence[str]) -> int:
+    """Claim these items, and note that their batches were served; return how many were claimed."""
     sql = """
         WITH served AS (
-            UPDATE outreach_batches SET last_served_at = now() WHERE id = ANY (%(turn)s::uuid[])
+            UPDATE outreach_batches SET last_served_at = now() WHERE id = ANY (%(batch_ids)s::uuid[])
         )
-        UPDATE outreach_batch_items AS item
+        UPDATE outreach_batch_items
            SET claimed_at = now(), updated_at = now()
-          FROM unnest(%(turn)s::uuid[]) AS served_batch (id)
-         CROSS JOIN LATERAL (
-               SELECT id FROM outreach_batch_items
-                WHERE batch_id = served_batch.id AND status = 'pending'
-                ORDER BY created_at, id
-                LIMIT 1
-               ) AS head
-         WHERE item.id = head.id AND item.status = 'pending'
-        RETURNING item.id
+         WHERE id = ANY (%(item_ids)s::uuid[]) AND CASE status WHEN 'pending' THEN true END
+        RETURNING id
     """
-    return len(db.query(quinn, sql, {"turn": turn}))
+    return len(db.query(quinn, sql, {"batch_ids": list(batch_ids), "item_ids": list(item_ids)}))
 
 
-def claimed(quinn: Connection) -> list[Item]:
-    """The claimed items of sending batches, with what their message needs."""
+def claimed_items(quinn: Connection) -> list[Item]:
+    """Return the claimed items of sending batches, with what their message needs."""
     sql = """
-        SELECT item.id, item.batch_id, item.rendered_body,
-               (SELECT min(handle) FROM contact_relationships WHERE client_id = item.client_id AND is_primary),
+        WITH claimed AS MATERIALIZED (
+            SELECT id, batch_id, client_id, rendered_body, created_at, claimed_at
+              FROM outreach_batch_items
+             WHERE status = 'pending' AND claimed_at IS NOT NULL
+        )
+        SELECT claimed.id, claimed.batch_id, claimed.rendered_body, claimed.created_at,
+               (SELECT min(handle) FROM contact_relationships WHERE client_id = claimed.client_id AND is_primary),
                (SELECT device_id FROM outreach_batch_items
-                 WHERE client_id = item.client_id AND status = 'sent' AND device_id IS NOT NULL
+                 WHERE client_id = claimed.client_id AND status = 'sent' AND device_id IS NOT NULL
                  ORDER BY sent_at DESC
                  LIMIT 1)
-          FROM outreach_batch_items AS item
-          JOIN outreach_batches AS batch ON batch.id = item.batch_id
-         WHERE item.status = 'pending' AND item.claimed_at IS NOT NULL
-           AND batch.status = 'sending' AND NOT batch.dry_run
-         ORDER BY item.claimed_at, item.created_at, item.id
+          FROM claimed
+          JOIN outreach_batches AS batch ON batch.id = claimed.batch_id
+         WHERE batch.status = 'sending' AND NOT batch.dry_run
+         ORDER BY claimed.claimed_at, claimed.created_at, claimed.id
     """
     return [Item(*row) for row in db.query(quinn, sql)]
 
 
-def deliver(
-    quinn: Connection, icloud: Connection, mac_sync: "MacSync", pace: pacing.Pace, items: Sequence[Item], tally: Tally
+def enqueue_claimed(
+    quinn: Connection,
+    client: "SendQueueClient",
+    snapshot: pacing.Snapshot,
+    devices: Sequence[pacing.Device],
+    items: Sequence[Item],
+    counts: JobCounts,
 ) -> None:
-    """Enqueue each item and record what came of it. Raises Outage, with the rest still claimed."""
-    if not items:
-        return
-    devices = [row[0] for row in db.query(icloud, "SELECT id FROM icloud.devices ORDER BY created_at, id")]
-    valid_until = pacing.next_quiet_hours(pace)
-    # The settings were read once, for this tick. What does not fit into one interval waits for the next look.
+    """Enqueue each item and record what became of it. Raises ServerUnavailable, with the rest still claimed."""
+    valid_until = pacing.next_quiet_hours(snapshot)
+    # The settings were read once, for this tick. What does not fit into one interval waits for the next tick.
     end = time.monotonic() + interval()
     for item in items:
         if stop.is_set() or time.monotonic() > end:
             return
         service.notify("WATCHDOG=1")
-        outcome = deliver_one(quinn, mac_sync, item, device_for(item, pace, devices), valid_until)
-        tally[outcome] += 1
+        device_id = device_for(item, snapshot, devices)
+        counts[enqueue_item(quinn, client, item, device_id, valid_until)] += 1
 
 
-def device_for(item: Item, pace: pacing.Pace, devices: Sequence[str]) -> str | None:
-    """The device that last reached the client, else the settings' one, else the oldest."""
-    wishes = (item.device_id, pace.settings.device_id, *devices[:1])
-    return next((device for device in wishes if device in devices), None)
+def device_for(item: Item, snapshot: pacing.Snapshot, devices: Sequence[pacing.Device]) -> str | None:
+    """Return the device that last reached the client, else the settings' one, else the oldest.
+
+    A device that was not seen for a day is passed over while another one lives.
+    """
+    gone = datetime.min.replace(tzinfo=UTC)
+    living = [device.id for device in devices if snapshot.now - (device.last_seen_at or gone) < DEVICE_GONE_AFTER]
+    choices = living or [device.id for device in devices]
+    wishes = (item.device_id, snapshot.settings.device_id, *choices[:1])
+    return next((device_id for device_id in wishes if device_id in choices), None)
 
 
-def deliver_one(
-    quinn: Connection, mac_sync: "MacSync", item: Item, device_id: str | None, valid_until: datetime | None
+def enqueue_item(
+    quinn: Connection, client: "SendQueueClient", item: Item, device_id: str | None, valid_until: datetime | None
 ) -> str:
     """Enqueue one item and record it; return its new status. No transaction is open during the request.
 
     A crash before the record leaves the item claimed: see the head of this file.
     """
     if item.handle is None:  # it had one when it was claimed
-        return end_item(quinn, item, "skipped", "no primary handle found")
+        return mark_ended(quinn, item, "skipped", "no primary handle found")
     if device_id is None:
-        return end_item(quinn, item, "failed", pacing.NO_DEVICE)
+        return mark_ended(quinn, item, "failed", pacing.NO_DEVICE)
+    handle = handles.to_send(item.handle)
+    if handle is None:
+        logger.warning(
+            "number cannot be read, it is passed on as it is item=%s to=%s; %s",
+            item.id, handles.mask_handle(item.handle), handles.UNREADABLE_REMEDY,
+        )  # fmt: skip
     try:
-        queue_id = mac_sync.enqueue(item, item.handle, device_id, valid_until)
-    except Rejected as rejection:
-        return end_item(quinn, item, "failed", str(rejection))
-    return record(quinn, item, queue_id, device_id)
+        queue_id = client.enqueue(item, handle or item.handle, device_id, valid_until)
+    except EnqueueRejected as rejection:
+        return mark_ended(quinn, item, "failed", str(rejection))
+    return mark_queued(quinn, item, queue_id, device_id)
 
 
-def record(quinn: Connection, item: Item, queue_id: str, device_id: str) -> str:
+def mark_queued(quinn: Connection, item: Item, queue_id: str, device_id: str) -> str:
     """pending -> queued."""
     sql = """
-        WITH dispatched AS (
-            UPDATE outreach_settings SET last_dispatched_at = now() WHERE id = 1
-        )
         UPDATE outreach_batch_items
            SET status = 'queued', send_queue_id = %(queue_id)s, device_id = %(device_id)s,
                queued_at = now(), claimed_at = NULL, updated_at = now()
@@ -406,16 +429,16 @@ def record(quinn: Connection, item: Item, queue_id: str, device_id: str) -> str:
         RETURNING id
     """
     if db.query(quinn, sql, {"id": item.id, "queue_id": queue_id, "device_id": device_id}):
-        to = service.masked(item.handle or "")
+        to = handles.mask_handle(item.handle or "")
         logger.info(
             "item queued to mac-sync sendQueueId=%s item=%s batch=%s to=%s", queue_id, item.id, item.batch_id, to
         )
     else:
-        logger.warning("item changed by another hand while it was enqueued item=%s sendQueueId=%s", item.id, queue_id)
+        logger.warning("item changed concurrently during enqueue item=%s sendQueueId=%s", item.id, queue_id)
     return "queued"
 
 
-def end_item(quinn: Connection, item: Item, status: str, reason: str) -> str:
+def mark_ended(quinn: Connection, item: Item, status: str, reason: str) -> str:
     """pending -> failed or skipped, with the reason."""
     sql = """
         UPDATE outreach_batch_items
@@ -427,23 +450,27 @@ def end_item(quinn: Connection, item: Item, status: str, reason: str) -> str:
     return status
 
 
-def complete(quinn: Connection, perhaps_over: Sequence[str]) -> None:
-    """sending -> sent, for those of the batches that have items, all of them ended."""
+def complete_batches(quinn: Connection, candidates: Sequence[str]) -> None:
+    """sending -> sent, for those of the batches that have items, all of them ended. OFFSET 0: see schema.sql."""
     sql = """
         UPDATE outreach_batches AS batch
            SET status = 'sent', updated_at = now()
          WHERE id = ANY (%(ids)s::uuid[]) AND status = 'sending' AND NOT dry_run
-           AND NOT EXISTS (SELECT FROM outreach_batch_items WHERE batch_id = batch.id AND status = 'pending')
-           AND NOT EXISTS (SELECT FROM outreach_batch_items WHERE batch_id = batch.id AND status = 'queued')
-           AND EXISTS (SELECT FROM outreach_batch_items WHERE batch_id = batch.id)
+           AND NOT EXISTS (SELECT FROM outreach_batch_items WHERE batch_id = batch.id AND status = 'pending' OFFSET 0)
+           AND NOT EXISTS (SELECT FROM outreach_batch_items WHERE batch_id = batch.id AND status = 'queued' OFFSET 0)
+           -- Counted once in a batch's life. For one row of it, the planner may prefer to scan the table.
+           AND (SELECT count(*) FROM outreach_batch_items WHERE batch_id = batch.id) > 0
         RETURNING id
     """
-    for (batch_id,) in db.query(quinn, sql, {"ids": list(perhaps_over)}):
+    for (batch_id,) in db.query(quinn, sql, {"ids": list(candidates)}) if candidates else []:
         logger.info("batch sent batch=%s: each of its items has ended", batch_id)
 
 
-class MacSync:
-    """The send queue server, asked over one kept-alive session. One is made for each tick."""
+# --- the HTTP client ----------------------------------------------------------------------------------
+
+
+class SendQueueClient:
+    """The send queue server, asked over one kept-alive session. One client is made for each tick."""
 
     def __init__(self, base_url: str, token: str) -> None:
         self.url = base_url.rstrip("/") + "/admin/send-queue/enqueue"
@@ -452,152 +479,182 @@ class MacSync:
         self.session.headers["Authorization"] = f"Bearer {token}"
 
     def enqueue(self, item: Item, handle: str, device_id: str, valid_until: datetime | None) -> str:
-        """Put the item's message into the queue; return its row's id. Raises Rejected or Outage."""
-        message = {"batchItemId": item.id, "deviceId": device_id, "toHandle": handle, "body": item.body}
+        """Put the item's message into the queue; return its row's id. Raises EnqueueRejected or ServerUnavailable."""
+        message = {
+            "batchItemId": item.id,
+            "deviceId": device_id,
+            "toHandle": handle,
+            "body": item.body,
+            "draftedAt": item.created_at.isoformat(),
+        }
         if valid_until:
             message["validUntil"] = valid_until.isoformat()
-        answer = self._post(message)
-        words, queue_id = _read(answer)
-        if answer.status_code == 200 and queue_id:
+        response = self._post(message)
+        error, queue_id = _read(response)
+        status = response.status_code
+        if status == 200 and queue_id:
             return queue_id
-        if answer.status_code == 409 and queue_id:
+        if status == 409 and queue_id:
             # Put there before a crash, and before somebody edited the item or its client: that row is what is sent.
             logger.warning("item is in the queue already, with other content item=%s sendQueueId=%s", item.id, queue_id)
             return queue_id
-        if answer.status_code in (400, 404, 413, 500):
-            raise Rejected(f"HTTP {answer.status_code}: {words}")
-        raise Outage(f"HTTP {answer.status_code} for item {item.id}", mend=answer.status_code in (401, 403))
+        if status in (400, 413, 500) and error:
+            raise EnqueueRejected(f"HTTP {status}: {error}")
+        raise ServerUnavailable(f"HTTP {status} from {self.url}", _remedy(status))
 
     def _post(self, message: dict[str, str]) -> requests.Response:
         for pause in [RETRY_PAUSE] * RETRIES + [0]:
             try:
-                answer = self.session.post(self.url, json=message, timeout=HTTP_TIMEOUT, allow_redirects=False)
+                response = self.session.post(self.url, json=message, timeout=HTTP_TIMEOUT, allow_redirects=False)
             except requests.RequestException as error:
-                raise Outage(f"{type(error).__name__} at {self.url}") from error
-            if answer.status_code != 500:
+                raise ServerUnavailable(f"{type(error).__name__} at {self.url}") from error
+            if response.status_code != 500:
                 break
             if stop.wait(pause):
-                raise Outage("HTTP 500, and there is no time to ask again")
-        return answer
+                raise ServerUnavailable("HTTP 500, and there is no time to ask again")
+        return response
 
 
-def _read(answer: requests.Response) -> tuple[str, str | None]:
-    """The error sentence and the queue id of an answer, which may be anything: a proxy's page, half a document."""
+def _read(response: requests.Response) -> tuple[str | None, str | None]:
+    """Return the error sentence and the queue id of the server's JSON; (None, None) for anything else.
+
+    Anything else may be a proxy's page, or the first half of a document.
+    """
     try:
-        body = answer.json()
-        words = body.get("error") or answer.reason
+        body = response.json()
+        is_error, error = body.get("success") is False, body.get("error")
         queue_id = (body.get("data") or {}).get("sendQueueId")
     except (ValueError, AttributeError, RecursionError):
-        words, queue_id = answer.reason or "not a JSON answer", None
-    return db.storable(str(words))[:REASON_LENGTH], queue_id if service.is_uuid(queue_id) else None
+        return None, None
+    text = db.storable(error)[:REASON_LENGTH] if is_error and isinstance(error, str) else None
+    return text, queue_id if service.is_uuid(queue_id) else None
+
+
+def _remedy(status: int) -> str | None:
+    """Return what an operator has to do about a response that says nothing of the item; None: waiting helps."""
+    if status in (401, 403):
+        return "set MAC_SYNC_SERVICE_TOKEN to the server's"
+    if status in (408, 429, 502, 503, 504):
+        return None
+    return "set MAC_SYNC_BASE_URL to the send queue server's address: something else responds there"
+
+
+# --- the decision log ---------------------------------------------------------------------------------
+
+
+class DecisionLog:
+    """Log a decision only when it changes: a night of quiet hours is one line, and so is an hour of sending.
+
+    A short hold between two sends at the settings' pace is logged once in each stretch of sending, and the sending
+    after it is not logged again.
+    """
+
+    def __init__(self) -> None:
+        self.last = ""  # the code of the last decision
+        self.logged: set[str] = set()  # the codes logged in this stretch
+
+    def log_change(self, snapshot: pacing.Snapshot | None, decision: pacing.Decision) -> None:
+        hold = decision if isinstance(decision, pacing.Hold) else None
+        code = hold.code if hold else "sending" if decision else "nothing to send"
+        is_long = decision is None or snapshot is None or (hold is not None and hold.is_long(snapshot.now))
+        is_news = code != self.last if is_long or not self.last else code not in self.logged
+        self.logged = {code} if is_long or not self.last else self.logged | {code}
+        self.last = code
+        level = logging.ERROR if snapshot is None else logging.INFO
+        logger.log(level if is_news else logging.DEBUG, "%s", f"sending is held: {hold}" if hold else code)
+
+
+decision_log = DecisionLog()
 
 
 # --- running the jobs ---------------------------------------------------------------------------------
 
 
-class Story:
-    """Tells a verdict when it changes; a gate that stays shut for a night is one line, and so is an hour of sending.
+def run_job(name: str, job: Job) -> JobCounts | None:
+    """Run a job once, under the lock; log every exception and return None.
 
-    Between two sends at the settings' pace a gate shuts for a moment. Such a one is told once in each stretch of
-    sending, and does not make what follows it news.
-    """
-
-    def __init__(self) -> None:
-        self.last = ""  # the kind of the last verdict
-        self.told: set[str] = set()  # the kinds told in this stretch
-
-    def tell(self, pace: pacing.Pace | None, verdict: pacing.Verdict) -> None:
-        gate = verdict if isinstance(verdict, pacing.Gate) else None
-        kind = gate.kind if gate else "sending" if verdict else "nothing to send"
-        lasts = verdict is None or pace is None or (gate is not None and gate.lasts(pace.now))
-        is_news = kind != self.last if lasts or not self.last else kind not in self.told
-        self.told = {kind} if lasts or not self.last else self.told | {kind}
-        self.last = kind
-        level = logging.ERROR if pace is None else logging.INFO
-        logger.log(level if is_news else logging.DEBUG, "%s", f"sending is held: {gate}" if gate else kind)
-
-
-story = Story()
-
-
-def run(name: str, job: Job) -> Tally | None:
-    """Run a job once, on new connections and under the lock; None when it failed. Nothing it raises gets out.
-
-    New connections for each run are what makes a restarted database no event here.
+    Each run opens new connections, so a database restart fails at most one run.
     """
     service.notify("WATCHDOG=1")  # each job has the watchdog's whole time
     if stop.is_set():
         return None
     try:
-        with (
-            contextlib.closing(db.connect(db.url("quinn"))) as quinn,
-            contextlib.closing(db.connect(db.url("icloud"))) as icloud,
-        ):
-            lock(quinn)
-            return job(quinn, icloud)
-    except Busy:
+        with contextlib.closing(db.connect(db.url("quinn"))) as quinn:
+            batches.acquire_lock(quinn, stop)
+            # The heartbeat, whatever happens after it: status.py tells a failing job from a dead dispatcher by it.
+            db.query(quinn, "UPDATE outreach_settings SET last_tick_at = now() WHERE id = 1")
+            with contextlib.closing(db.connect(db.url("icloud"))) as icloud:
+                return job(quinn, icloud)
+    except batches.LockTimeout:
         if not stop.is_set():
-            find = "SELECT pid, client_addr FROM pg_stat_activity JOIN pg_locks USING (pid) WHERE locktype = 'advisory'"
-            logger.warning("%s job passed: another dispatcher has been at work for %d s; see %s", name, LOCK_WAIT, find)
-    except Outage as outage:
-        hint = "see that the server runs at MAC_SYNC_BASE_URL"
-        if outage.mend:
-            hint = "the token must be the server's MAC_SYNC_SERVICE_TOKEN"
+            logger.warning(
+                "%s job skipped: lock held by another dispatcher for %d s; see %s",
+                name, batches.LOCK_WAIT, batches.LOCK_HOLDERS,
+            )  # fmt: skip
+    except ServerUnavailable as error:
         logger.log(
-            logging.ERROR if outage.mend else logging.WARNING,
-            "mac-sync could not be asked, its items stay pending error=%r; %s", str(outage), hint,
+            logging.ERROR if error.remedy else logging.WARNING,
+            "enqueue stopped: mac-sync unavailable; items stay pending error=%r; %s",
+            str(error), error.remedy or "see that the server runs at MAC_SYNC_BASE_URL",
         )  # fmt: skip
-    except (psycopg2.errors.UndefinedTable, psycopg2.errors.UndefinedColumn) as error:
-        logger.error("%s job failed, run `python db.py migrate` error=%r", name, error.diag.message_primary)
-    except psycopg2.errors.InsufficientPrivilege as error:
-        logger.error("%s job failed, GRANT the tables' owner to this role error=%r", name, error.diag.message_primary)
-    except psycopg2.OperationalError as error:
-        reason = str(error).strip()
-        logger.error(
-            "%s job could not use the database, the next run tries again; see that it runs error=%r", name, reason
-        )
     except psycopg2.Error as error:
-        # Not its whole text: PostgreSQL's DETAIL quotes the row, a message's body included.
-        kind, words = type(error).__name__, error.diag.message_primary
-        logger.error("%s job failed, the next run tries again error=%s %r", name, kind, words)
+        _log_database_error(name, error)
     except Exception:
         logger.exception("%s job failed, the next run tries again", name)
     return None
 
 
-def lock(quinn: Connection) -> None:
-    """One job at a time, whoever runs it; the lock goes with the connection. Raises Busy."""
-    end = time.monotonic() + LOCK_WAIT
-    while not db.query(quinn, "SELECT pg_try_advisory_lock(hashtext(%(name)s))", {"name": LOCK})[0][0]:
-        if time.monotonic() > end or stop.wait(0.1):
-            raise Busy
+def _log_database_error(name: str, error: psycopg2.Error) -> None:
+    """Log what failed and the next action. Not its whole text: PostgreSQL's DETAIL quotes the row, body included."""
+    # A connection that failed has no diagnostics: its text names only the host.
+    reason = error.diag.message_primary or str(error).strip()
+    remedy = "the next run tries again"
+    if isinstance(error, (psycopg2.errors.UndefinedTable, psycopg2.errors.UndefinedColumn)):
+        remedy = "run `python db.py migrate`"
+    elif isinstance(error, psycopg2.errors.InsufficientPrivilege):
+        remedy = "GRANT the tables' owner to this role"
+    elif isinstance(error, psycopg2.errors.QueryCanceled):
+        remedy = "the next run tries again; if this repeats, run ANALYZE in that database and report the statement"
+    elif isinstance(error, psycopg2.OperationalError):
+        remedy = "the next run tries again; see that the database runs"
+    logger.error(
+        "%s job failed statement=%s error=%s %r; %s", name, _caller(error), type(error).__name__, reason, remedy
+    )
 
 
-def jobs(token: str) -> dict[str, Job]:
-    """The two jobs by name, in their order. Raises service.Misconfigured."""
+def _caller(error: BaseException) -> str:
+    """Return the function whose statement failed: the innermost one outside db.py."""
+    here = os.path.dirname(db.__file__)
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame.name for frame in frames if os.path.dirname(frame.filename) == here and frame.filename != db.__file__]
+    return ours[-1]
+
+
+def build_jobs(token: str) -> dict[str, Job]:
+    """Return the two jobs by name, in their order. Raises service.Misconfigured."""
     base_url = os.environ.get("MAC_SYNC_BASE_URL") or "http://localhost:3201"
     if not re.match("https?://[^/]", base_url):
         raise service.Misconfigured(
             f"MAC_SYNC_BASE_URL is {base_url!r}: set it to the server's address, such as http://localhost:3201"
         )
 
-    def dispatch_job(quinn: Connection, icloud: Connection) -> Tally:
-        mac_sync = MacSync(base_url, token)
-        with mac_sync.session:
-            return dispatch(quinn, icloud, mac_sync)
+    def dispatch_job(quinn: Connection, icloud: Connection) -> JobCounts:
+        client = SendQueueClient(base_url, token)
+        with client.session:
+            return dispatch(quinn, icloud, client)
 
     return {"sync": sync, "dispatch": dispatch_job}
 
 
 def interval() -> int:
-    """Seconds between two ticks."""
+    """Return the seconds between two ticks."""
     return service.integer("DISPATCH_INTERVAL_SECONDS", 30)
 
 
 def run_forever(token: str) -> None:
-    """Both jobs at once and then every interval(), sync first, until SIGTERM or SIGINT."""
-    for name, job in jobs(token).items():
-        schedule.every(interval()).seconds.do(run, name, job)
+    """Run both jobs at once and then every interval(), sync first, until SIGTERM or SIGINT."""
+    for name, job in build_jobs(token).items():
+        schedule.every(interval()).seconds.do(run_job, name, job)
     service.notify("READY=1")
     schedule.run_all()  # schedule's own first run comes only after an interval
     while not stop.wait(min(1.0, max(0.05, schedule.idle_seconds() or 0))):
@@ -611,42 +668,36 @@ def run_forever(token: str) -> None:
 
 
 def run_once(token: str) -> int:
-    """Both jobs once, with what they did on stdout; 1 when one failed."""
-    tallies = {name: run(name, job) for name, job in jobs(token).items()}
-    for name, tally in tallies.items():
+    """Run both jobs once and print what they did; return 1 when one failed."""
+    results = {name: run_job(name, job) for name, job in build_jobs(token).items()}
+    for name, counts in results.items():
         did = (
             "failed"
-            if tally is None
-            else ", ".join(f"{count} {what}" for what, count in sorted(tally.items()) if count)
+            if counts is None
+            else ", ".join(f"{count} {what}" for what, count in sorted(counts.items()) if count)
         )
         sys.stdout.write(f"{name}: {did or 'nothing to do'}\n")
-    return 1 if None in tallies.values() else 0
+    return 1 if None in results.values() else 0
 
 
-def retry(batch_id: str) -> int:
-    """failed -> pending for a batch's items, and sent -> sending for the batch; how many, on stdout."""
-    sql = """
-        WITH batch AS (
-            UPDATE outreach_batches
-               SET status = CASE WHEN status = 'sent' THEN 'sending' ELSE status END, updated_at = now()
-             WHERE id = %(batch_id)s
-            RETURNING id, status
-        ), item AS (
-            UPDATE outreach_batch_items
-               -- send_queue_id stays: the row whose failure is known (see adoptions).
-               SET status = 'pending', failure_reason = NULL, device_id = NULL,
-                   queued_at = NULL, claimed_at = NULL, updated_at = now()
-             WHERE batch_id = %(batch_id)s AND status = 'failed'
-            RETURNING id
+def run_retry(batch_id: str) -> int:
+    """Make a batch's failed items pending again, between two jobs, and print how many."""
+    try:
+        with contextlib.closing(db.connect(db.url("quinn"))) as quinn:
+            batches.acquire_lock(quinn, stop)
+            found = batches.retry(quinn, batch_id)
+    except batches.LockTimeout:
+        sys.stderr.write(
+            f"dispatcher.py: nothing was changed: the dispatcher was busy for {batches.LOCK_WAIT} s; try again\n"
         )
-        SELECT status, (SELECT count(*) FROM item) FROM batch
-    """
-    with contextlib.closing(db.connect(db.url("quinn"))) as quinn:
-        rows = db.query(quinn, sql, {"batch_id": batch_id})
-    if not rows:
+        return 1
+    except psycopg2.Error as error:
+        sys.stderr.write(f"dispatcher.py: nothing was changed: {str(error).strip()}\n")
+        return 1
+    if found is None:
         sys.stderr.write(f"dispatcher.py: there is no batch {batch_id}\n")
         return 1
-    status, count = rows[0]
+    status, count = found
     sys.stdout.write(f"{count} failed items are pending again; the batch is {status}\n")
     return 0
 
@@ -655,7 +706,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Feed the send queue from outreach batches, and sync the results back.",
         epilog="environment: MAC_SYNC_SERVICE_TOKEN (needed), MAC_SYNC_BASE_URL, QUINN_DB_URL, QUINN_ICLOUD_DB_URL, "
-        "DISPATCH_INTERVAL_SECONDS, LOG_LEVEL. examples: python dispatcher.py; python dispatcher.py --once",
+        "DEFAULT_REGION, DISPATCH_INTERVAL_SECONDS, LOG_LEVEL. examples: python dispatcher.py; "
+        "python dispatcher.py --once",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--once", action="store_true", help="sync, then dispatch, exactly once; exit 1 if either failed")
@@ -664,11 +716,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     service.load_settings()
     service.set_up_logging()
     if arguments.retry:
-        try:
-            return retry(str(arguments.retry))
-        except psycopg2.Error as error:
-            sys.stderr.write(f"dispatcher.py: nothing was changed: {str(error).strip()}\n")
-            return 1
+        return run_retry(str(arguments.retry))
     token = service.service_token()
     if token is None:
         service.notify("READY=1")  # systemd would take an exit before it for a failure
@@ -680,8 +728,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # From a thread: set() takes a lock that the wait() interrupted by the signal may hold.
         signal.signal(signal_number, lambda *_: threading.Thread(target=stop.set).start())
     logger.info("outreach-dispatcher starting interval=%ds", interval())
-    for part in db.VARIABLES:
-        db.url(part)  # misconfigured: say so now, not in every job
+    for name in db.VARIABLES:
+        db.url(name)  # misconfigured: say so now, not in every job
+    handles.default_region()
     if arguments.once:
         return run_once(token)
     run_forever(token)

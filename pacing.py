@@ -1,17 +1,19 @@
-"""When may the next item go, and what holds it? The rules of outreach_settings, as functions of what one look has read.
+"""Decide when the next item may go, and which hold keeps it back. The rules of outreach_settings as pure functions.
 
-Used by the dispatcher, which obeys them, and by status.py, which explains them and plays them forward: there is no
-second copy. Reads outreach_settings, outreach_batches, outreach_batch_items, icloud.devices and icloud.send_queue;
-writes nothing. All instants are aware datetimes, and `now` is the database's. Example:
+Used by the dispatcher, which obeys the decision, and by status.py, which explains it and simulates it into the future.
+Reads outreach_settings, outreach_batches, outreach_batch_items, icloud.devices and icloud.send_queue; writes nothing.
+All instants are aware datetimes, and `now` is the database's. Example:
 
-    pace = pacing.read(quinn); verdict = pacing.verdict(pace, pacing.batches(quinn))
+    snapshot = pacing.read_snapshot(quinn)
+    decision = pacing.decide(snapshot, pacing.batches(quinn))
 """
 
 import bisect
 import functools
+import itertools
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
@@ -23,22 +25,23 @@ WINDOWS = {
     "max_per_hour": timedelta(hours=1),
     "max_per_day": timedelta(days=1),
 }
-# How far ahead a change of quiet hours is sought: a daylight-saving night may swallow one of them whole.
-HORIZON = timedelta(days=3)
+# How far ahead a change of quiet hours is sought. One day is not enough: the change to summer time can skip one.
+QUIET_HOURS_SEARCH_LIMIT = timedelta(days=3)
 MINUTE = timedelta(minutes=1)
 NO_DEVICE = "there is no device: `python db.py add-device NAME` makes one"
-MEND_QUIET_HOURS = "set both to HH:MM and quiet_hours_tz to an IANA name or NULL"
-# A device that was not seen, or a message without a result, for longer than this is no longer a matter of patience.
-PATIENCE = timedelta(minutes=10)
-BRIEF = timedelta(minutes=2)  # a gate that opens within this is part of sending at the settings' pace
-MISSED_TICKS = 3  # so many intervals, and LATE, after its last sync a dispatcher counts as not running
-LATE = timedelta(seconds=10)
+QUIET_HOURS_REMEDY = "set both to HH:MM and quiet_hours_tz to an IANA name or NULL"
+# A device that was not seen, or a message without a result, for longer than this is late.
+DEVICE_LATE_AFTER = timedelta(minutes=10)
+SHORT_HOLD = timedelta(minutes=2)  # a hold that ends within this is part of sending at the settings' pace
+# A dispatcher whose heartbeat is older than so many intervals and the grace does not run.
+MISSED_TICKS = 3
+HEARTBEAT_GRACE = timedelta(seconds=10)
 
 logger = logging.getLogger("outreach-dispatcher")
 
 
 class Settings(NamedTuple):
-    """outreach_settings' row; a limit of None is none, quiet hours are `HH:MM`."""
+    """The row of outreach_settings. A limit of None means no limit; quiet hours are `HH:MM`."""
 
     paused: bool
     quiet_hours_start: str | None
@@ -50,23 +53,36 @@ class Settings(NamedTuple):
     min_gap_seconds: int | None
     device_id: str | None
 
+    @property
+    def quiet_hours(self) -> "QuietHours | None":
+        return quiet_hours(self.quiet_hours_start, self.quiet_hours_end, self.quiet_hours_tz)
 
-class Pace(NamedTuple):
-    """What the limits look at. `sent`: newest first, those of the last day, as many as the largest limit needs.
+    @property
+    def limits(self) -> dict[str, int]:
+        """The limits that are set, by name, the shortest window first."""
+        values = {name: getattr(self, name) for name in WINDOWS}
+        return {name: value for name, value in values.items() if value is not None}
 
-    `last_tick`: when a sync last ended. `claimed_since`: when the item was claimed that waits longest for its enqueue.
+
+class Snapshot(NamedTuple):
+    """What the rules look at. `sent`: newest first, those of the last day, as many as the largest limit needs.
+
+    `claimed_since`: when the item was claimed that waits longest for its enqueue. `last_tick`: the heartbeat, written
+    when a tick begins. `last_synced`, `last_dispatched`: when each job last did its work.
     """
 
     settings: Settings
     now: datetime
     in_flight: int
     sent: Sequence[datetime]
-    last_tick: datetime | None = None
     claimed_since: datetime | None = None
+    last_tick: datetime | None = None
+    last_synced: datetime | None = None
+    last_dispatched: datetime | None = None
 
 
 class Batch(NamedTuple):
-    """A sending batch, as its turn looks at it. `last_sent_at` is read only where a gap is kept."""
+    """A sending batch. `last_sent_at` is read only while min_gap_seconds is set."""
 
     id: str
     pending: bool
@@ -75,7 +91,7 @@ class Batch(NamedTuple):
 
 
 class Device(NamedTuple):
-    """A device and its share of the queue: rows it has not collected, rows without a result, the oldest of both."""
+    """A device and its rows in the queue: not collected, collected without a result, the oldest of both."""
 
     id: str
     name: str
@@ -85,53 +101,53 @@ class Device(NamedTuple):
     oldest_at: datetime | None
 
     def is_late(self, now: datetime) -> bool:
-        """Whether its messages wait for longer than patience explains."""
-        seen, oldest = self.last_seen_at, self.oldest_at
-        return oldest is not None and (seen is None or now - seen > PATIENCE or now - oldest > PATIENCE)
+        """Tell whether it was not seen, or kept a message without a result, for DEVICE_LATE_AFTER."""
+        if self.oldest_at is None:
+            return False
+        is_unseen = self.last_seen_at is None or now - self.last_seen_at > DEVICE_LATE_AFTER
+        return is_unseen or now - self.oldest_at > DEVICE_LATE_AFTER
 
     def seen(self, now: datetime) -> str:
-        return f"last seen {span(now - self.last_seen_at)} ago" if self.last_seen_at else "never seen"
+        return f"last seen {format_duration(now - self.last_seen_at)} ago" if self.last_seen_at else "never seen"
 
 
-class Gate(NamedTuple):
-    """What holds sending: as the log has it, when it opens if time alone opens it, and as a person would say it.
+class Hold(NamedTuple):
+    """A rule that stops sending now.
 
-    `soon`: no time is known, and yet it opens without an operator.
+    `code`: its name, as in the log. `until`: when time alone ends it. `message`: the same for a person.
+    `clears_itself`: no time is known, and yet it ends without an operator. `details`: figures for the log.
     """
 
-    reason: str
+    code: str
     until: datetime | None = None
-    words: str = ""
-    soon: bool = False
+    message: str = ""
+    clears_itself: bool = False
+    details: str = ""
 
     def __str__(self) -> str:
-        return self.reason if self.until is None else f"{self.reason} until={self.until.isoformat(timespec='seconds')}"
-
-    @property
-    def kind(self) -> str:
-        """The reason without its figures: `limit reached limit=max_per_hour`."""
-        return self.reason.partition(" used=")[0]
+        until = f"until={self.until.isoformat(timespec='seconds')}" if self.until else ""
+        return " ".join(part for part in (self.code, self.details, until) if part)
 
     @property
     def needs_operator(self) -> bool:
-        return self.until is None and not self.soon
+        return self.until is None and not self.clears_itself
 
-    def lasts(self, now: datetime) -> bool:
-        """Whether it is more than a breath between two sends."""
-        return self.needs_operator or (self.until is not None and self.until - now > BRIEF)
-
-
-# What holds sending, else the batch whose turn is next, else nothing to send.
-Verdict = Gate | Batch | None
+    def is_long(self, now: datetime) -> bool:
+        """Tell whether it lasts longer than the pauses between two sends at the settings' pace."""
+        return self.needs_operator or (self.until is not None and self.until - now > SHORT_HOLD)
 
 
-class Usage(NamedTuple):
-    """One limit: how much of it is used, and when a place falls free by time alone."""
+# What holds sending, else the batch that is served next, else None: nothing to send.
+Decision = Hold | Batch | None
+
+
+class LimitUsage(NamedTuple):
+    """One limit: how much of it is used and, if all of it is, when time alone frees a place."""
 
     limit: str
-    most: int
+    maximum: int
     used: int
-    free_at: datetime | None
+    frees_at: datetime | None
 
 
 class QuietHours(NamedTuple):
@@ -141,30 +157,34 @@ class QuietHours(NamedTuple):
     end: int
     zone: ZoneInfo | None
 
-    def cover(self, moment: datetime) -> bool:
+    def contains(self, moment: datetime) -> bool:
         local = moment.astimezone(self.zone)
         minute = local.hour * 60 + local.minute
         if self.start < self.end:
             return self.start <= minute < self.end
         return minute >= self.start or minute < self.end
 
-    def next(self, moment: datetime, covered: bool) -> datetime | None:
-        """The first whole minute after `moment` that they cover, or do not.
+    def next_change(self, moment: datetime, to_quiet: bool) -> datetime | None:
+        """Return the first whole minute after `moment` that is quiet, or is not.
 
-        Minute by minute: where a clock change skips or repeats an hour, that is still right.
+        Goes minute by minute, so it is right where a clock change skips or repeats an hour.
         """
         minute = moment.astimezone(UTC).replace(second=0, microsecond=0) + MINUTE
-        while minute < moment + HORIZON:
-            if self.cover(minute) is covered:
+        while minute < moment + QUIET_HOURS_SEARCH_LIMIT:
+            if self.contains(minute) is to_quiet:
                 return minute
             minute += MINUTE
         return None
 
 
-def read(quinn: Any) -> Pace | None:
-    """One look at the settings and at what counts against the limits; None when the settings row is missing.
+# --- reading ------------------------------------------------------------------------------------------
+# Why an EXISTS has an OFFSET 0: see schema.sql.
 
-    In flight are the items that are queued, and those claimed: an enqueue whose answer was lost may have put
+
+def read_snapshot(quinn: Any) -> Snapshot | None:
+    """Read the settings and what counts against the limits; None when the settings row is missing.
+
+    In flight are the items that are queued, and those claimed: an enqueue whose response was lost may have put
     their message into the queue.
     """
     sql = """
@@ -177,25 +197,28 @@ def read(quinn: Any) -> Pace | None:
                       WHERE status = 'sent' AND sent_at > now() - interval '1 day'
                       ORDER BY sent_at DESC
                       LIMIT COALESCE(GREATEST(max_per_minute, max_per_hour, max_per_day), 0)),
-               last_synced_at,
-               (SELECT min(claimed_at) FROM outreach_batch_items WHERE status = 'pending' AND claimed_at IS NOT NULL)
+               (SELECT min(claimed_at) FROM outreach_batch_items WHERE status = 'pending' AND claimed_at IS NOT NULL),
+               last_tick_at, last_synced_at, last_dispatched_at
           FROM outreach_settings
          WHERE id = 1
     """
     rows = db.query(quinn, sql)
-    return Pace(Settings(*rows[0][:9]), *rows[0][9:]) if rows else None
+    return Snapshot(Settings(*rows[0][:9]), *rows[0][9:]) if rows else None
 
 
 def batches(quinn: Any) -> list[Batch]:
-    """The batches that are being sent, in the order of their turns: the one that waited longest comes first."""
+    """Read the batches that are being sent, in the order in which they are served: least recently served first."""
     sql = """
         SELECT id,
-               EXISTS (SELECT FROM outreach_batch_items WHERE batch_id = batch.id AND status = 'pending'),
-               EXISTS (SELECT FROM outreach_batch_items WHERE batch_id = batch.id AND status = 'queued')
+               EXISTS (SELECT FROM outreach_batch_items WHERE batch_id = batch.id AND status = 'pending' OFFSET 0),
+               EXISTS (SELECT FROM outreach_batch_items WHERE batch_id = batch.id AND status = 'queued' OFFSET 0)
                OR EXISTS (SELECT FROM outreach_batch_items
-                           WHERE batch_id = batch.id AND status = 'pending' AND claimed_at IS NOT NULL),
+                           WHERE batch_id = batch.id AND status = 'pending' AND claimed_at IS NOT NULL OFFSET 0),
                CASE WHEN gap.seconds > 0 THEN
-                   (SELECT max(sent_at) FROM outreach_batch_items WHERE batch_id = batch.id AND status = 'sent')
+                   (SELECT sent_at FROM outreach_batch_items
+                     WHERE batch_id = batch.id AND status = 'sent'
+                     ORDER BY sent_at DESC
+                     LIMIT 1)
                END
           FROM outreach_batches AS batch,
                (SELECT min_gap_seconds AS seconds FROM outreach_settings WHERE id = 1) AS gap
@@ -206,7 +229,7 @@ def batches(quinn: Any) -> list[Batch]:
 
 
 def devices(icloud: Any) -> list[Device]:
-    """Every device, the oldest first, and what waits for it."""
+    """Read every device, the oldest first, and the rows that wait for it."""
     sql = """
         SELECT device.id, device.name, device.last_seen_at,
                count(message.id) FILTER (WHERE message.collected_at IS NULL),
@@ -220,102 +243,103 @@ def devices(icloud: Any) -> list[Device]:
     return [Device(*row) for row in db.query(icloud, sql)]
 
 
-def verdict(
-    pace: Pace | None,
+# --- the decision -------------------------------------------------------------------------------------
+
+
+def decide(
+    snapshot: Snapshot | None,
     waiting: Sequence[Batch],
     known: Sequence[Device] | None = None,
     interval: timedelta | None = None,
-) -> Verdict:
-    """What holds sending now, else the batch whose turn is next, else None: nothing to send.
+) -> Decision:
+    """Return what holds sending now, else the batch that is served next, else None: nothing to send.
 
-    `waiting` and `known` are batches() and devices() (None: not to be had); `interval`, between two ticks, is
-    given by an onlooker, who cannot take it for granted that the dispatcher runs. The gates in their order:
-    1. the dispatcher runs; 2. closed(); 3. the server can be asked (1 and 3: for an onlooker only); 4. what an
-    earlier tick claimed goes first; 5. there is something to send; 6. limited(); 7. gap(), of every batch;
-    8. there is a device.
+    `waiting` and `known` are batches() and devices() (None: not to be had). Only status.py gives `interval`, the time
+    between two ticks, because it cannot assume that the dispatcher runs. The holds in their order:
+    1. the dispatcher does not run, or one of its jobs fails (status.py only); 2. global_hold(); 3. the server is
+    unavailable (status.py only); 4. items of an earlier tick go first; 5. there is nothing to send; 6. limit_hold();
+    7. batch_gap_hold() of every batch; 8. there is no device.
     """
-    gate = closed(pace)
-    if pace is None:
-        return gate
-    gate = (interval and (stopped(pace, interval) or gate or stuck(pace, interval))) or gate
-    if gate:
-        return gate
-    if pace.claimed_since and (claimed := [batch for batch in waiting if batch.pending and batch.in_flight]):
+    hold = global_hold(snapshot)
+    if snapshot is None:
+        return hold
+    if interval:
+        hold = heartbeat_hold(snapshot, interval) or hold or server_outage_hold(snapshot, interval)
+    if hold:
+        return hold
+    if snapshot.claimed_since and (claimed := [batch for batch in waiting if batch.pending and batch.in_flight]):
         return claimed[0]
     if not any(batch.pending for batch in waiting):
-        return awaited(pace, known) if pace.in_flight else None
-    gate = limited(pace) or spaced(pace, waiting)
-    if gate and gate.soon:
-        return awaited(pace, known)
-    if gate is None and known is not None and not known:
-        return Gate("no device", words=NO_DEVICE)
-    return gate or turns(pace, waiting)[0]
+        return results_hold(snapshot, known) if snapshot.in_flight else None
+    hold = limit_hold(snapshot) or gap_hold(snapshot, waiting)
+    if hold and hold.clears_itself:
+        return results_hold(snapshot, known)
+    if hold is None and known is not None and not known:
+        return Hold("no device", message=NO_DEVICE)
+    return hold or next(eligible_batches(snapshot, waiting))
 
 
-def stopped(pace: Pace, interval: timedelta) -> Gate | None:
-    """That no dispatcher is at work: the gate before all others, for nobody looks at those."""
-    if pace.last_tick is None:
-        return Gate("dispatcher not running", words="it has not run yet")
-    if pace.now - pace.last_tick <= MISSED_TICKS * interval + LATE:
-        return None
-    return Gate("dispatcher not running", words=f"last tick {span(pace.now - pace.last_tick)} ago")
-
-
-def stuck(pace: Pace, interval: timedelta) -> Gate | None:
-    """That claimed items could not be enqueued: a claim lives for one tick unless the server cannot be asked."""
-    if pace.claimed_since is None or pace.now - pace.claimed_since <= interval:
-        return None
-    since = span(pace.now - pace.claimed_since)
-    return Gate("server could not be asked", words=f"the send queue server could not be asked for {since}")
-
-
-def awaited(pace: Pace, known: Sequence[Device] | None) -> Gate:
-    """That nothing but results opens the way: whose they are, if the queue still waits for them."""
-    flying = f"{pace.in_flight} message{'s' if pace.in_flight > 1 else ''} in flight"
-    holding = [device for device in known or () if device.waiting or device.collected]
-    if not holding:
-        return Gate("waiting for results", words=f"waiting for the next tick to read the results; {flying}", soon=True)
-    absent = min(holding, key=lambda device: (not device.is_late(pace.now), device.last_seen_at or device.oldest_at))
-    return Gate(
-        f"waiting for device name={absent.name!r}",
-        words=f"waiting for device {absent.name!r}, {absent.seen(pace.now)}; {flying}",
-        soon=not absent.is_late(pace.now),
-    )
-
-
-def span(length: timedelta) -> str:
-    """`12 s`, `4 min`, `7 h 12 min`, `3 d 4 h`; nothing is shorter than 0 s."""
-    seconds = max(int(length.total_seconds()), 0)
-    if seconds < 100:
-        return f"{seconds} s"
-    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86_400
-    if hours == 0:
-        return f"{minutes} min"
-    big, small = (f"{hours} h", f" {minutes % 60} min") if days == 0 else (f"{days} d", f" {hours % 24} h")
-    return big + ("" if small.startswith(" 0 ") else small)
-
-
-def closed(pace: Pace | None) -> Gate | None:
-    """The gate that holds everything, also what waits in the queue: no settings, paused, or quiet hours."""
-    if pace is None:
-        return Gate("no settings: outreach_settings has no row with id 1; run `python db.py migrate`")
-    if pace.settings.paused:
-        return Gate("paused")
-    hours = quiet_hours(*pace.settings[1:4])
-    if hours and hours.cover(pace.now):
-        return Gate("quiet hours", hours.next(pace.now, covered=False))
+def heartbeat_hold(snapshot: Snapshot, interval: timedelta) -> Hold | None:
+    """Return the hold of a dispatcher that does not run, or of a job that fails at every tick."""
+    if snapshot.last_tick is None:
+        return Hold("dispatcher not running", message="it has not run yet")
+    patience = MISSED_TICKS * interval + HEARTBEAT_GRACE
+    if snapshot.now - snapshot.last_tick > patience:
+        since = format_duration(snapshot.now - snapshot.last_tick)
+        return Hold("dispatcher not running", message=f"last tick {since} ago")
+    for job, last in (("sync", snapshot.last_synced), ("dispatch", snapshot.last_dispatched)):
+        if last is None or snapshot.now - last > patience:
+            since = f"for {format_duration(snapshot.now - last)}" if last else "since its first run"
+            return Hold(f"{job} job fails", message=f"the dispatcher runs, and its {job} job has failed {since}")
     return None
 
 
-def next_quiet_hours(pace: Pace) -> datetime | None:
-    """When quiet hours begin next; None without any."""
-    hours = quiet_hours(*pace.settings[1:4])
-    return hours.next(pace.now, covered=True) if hours else None
+def server_outage_hold(snapshot: Snapshot, interval: timedelta) -> Hold | None:
+    """Return a hold if a claim is older than one tick: the server is unavailable."""
+    if snapshot.claimed_since is None or snapshot.now - snapshot.claimed_since <= interval:
+        return None
+    since = format_duration(snapshot.now - snapshot.claimed_since)
+    return Hold("server unavailable", message=f"the send queue server has been unavailable for {since}")
 
 
-@functools.lru_cache(maxsize=1)  # so that what cannot be read is warned of once, not every tick
+def results_hold(snapshot: Snapshot, known: Sequence[Device] | None) -> Hold:
+    """Return the hold that only results end, and the device that they are expected from."""
+    flying = f"{snapshot.in_flight} message{'s' if snapshot.in_flight > 1 else ''} in flight"
+    holding = [device for device in known or () if device.waiting or device.collected]
+    if not holding:
+        message = f"waiting for the next tick to read the results; {flying}"
+        return Hold("waiting for results", message=message, clears_itself=True)
+    slowest = min(
+        holding, key=lambda device: (not device.is_late(snapshot.now), device.last_seen_at or device.oldest_at)
+    )
+    return Hold(
+        f"waiting for device name={slowest.name!r}",
+        message=f"waiting for device {slowest.name!r}, {slowest.seen(snapshot.now)}; {flying}",
+        clears_itself=not slowest.is_late(snapshot.now),
+    )
+
+
+def global_hold(snapshot: Snapshot | None) -> Hold | None:
+    """Return the hold of everything, also of what waits in the queue: no settings, paused, or quiet hours."""
+    if snapshot is None:
+        return Hold("no settings", details="outreach_settings has no row with id 1; run `python db.py migrate`")
+    if snapshot.settings.paused:
+        return Hold("paused")
+    hours = snapshot.settings.quiet_hours
+    if hours and hours.contains(snapshot.now):
+        return Hold("quiet hours", hours.next_change(snapshot.now, to_quiet=False))
+    return None
+
+
+def next_quiet_hours(snapshot: Snapshot) -> datetime | None:
+    """Return when quiet hours begin next; None without any."""
+    hours = snapshot.settings.quiet_hours
+    return hours.next_change(snapshot.now, to_quiet=True) if hours else None
+
+
+@functools.lru_cache(maxsize=1)  # so that unreadable values are logged once, not at every tick
 def quiet_hours(start: str | None, end: str | None, zone: str | None) -> QuietHours | None:
-    """The settings' quiet hours; None when they are not set, or cannot be read."""
+    """Return the settings' quiet hours; None when they are not set, or cannot be read."""
     if not start and not end:
         return None
     try:
@@ -326,7 +350,7 @@ def quiet_hours(start: str | None, end: str | None, zone: str | None) -> QuietHo
     except (ValueError, KeyError, OSError) as error:  # the last two are ZoneInfo's, for an unknown name
         logger.warning(
             "quiet hours are disabled: outreach_settings cannot be read start=%r end=%r tz=%r error=%s; %s",
-            start, end, zone, error, MEND_QUIET_HOURS,
+            start, end, zone, error, QUIET_HOURS_REMEDY,
         )  # fmt: skip
         return None
 
@@ -338,83 +362,98 @@ def _minute_of_day(text: str) -> int:
     return int(match[1]) * 60 + int(match[2])
 
 
-def usages(pace: Pace) -> list[Usage]:
-    """Each limit that is set: what was sent in its window, and everything in flight, counts against it.
+# --- limits and the gap -------------------------------------------------------------------------------
 
-    Counting what is in flight is what keeps a Mac that was off all day from sending a burst when it wakes.
+
+def limit_usage(snapshot: Snapshot) -> list[LimitUsage]:
+    """Return each limit that is set. What was sent in its window and everything in flight count against it.
+
+    Counting what is in flight keeps a Mac that was off all day from sending a burst when it wakes.
     """
     found = []
-    for name, window in WINDOWS.items():
-        most = getattr(pace.settings, name)
-        if most is None:
-            continue
-        recent = bisect.bisect_left(pace.sent, window, key=pace.now.__sub__)  # newest first: ages ascend
-        used = recent + pace.in_flight
-        # The place that falls free is that of the send with most - in_flight newer ones or fewer.
-        leaver = most - pace.in_flight - 1
-        free_at = pace.sent[leaver] + window if 0 <= leaver < recent else None
-        found.append(Usage(name, most, used, free_at if used >= most else None))
+    for name, maximum in snapshot.settings.limits.items():
+        window = WINDOWS[name]
+        recent = bisect.bisect_left(snapshot.sent, window, key=snapshot.now.__sub__)  # newest first: ages ascend
+        used = recent + snapshot.in_flight
+        # A place becomes free when the send that has `maximum - in_flight - 1` newer ones leaves the window.
+        leaver = maximum - snapshot.in_flight - 1
+        frees_at = snapshot.sent[leaver] + window if 0 <= leaver < recent else None
+        found.append(LimitUsage(name, maximum, used, frees_at if used >= maximum else None))
     return found
 
 
-def limited(pace: Pace) -> Gate | None:
-    """The limit that is reached; of several, the one that opens last."""
-    reached = [usage for usage in usages(pace) if usage.used >= usage.most]
+def limit_hold(snapshot: Snapshot) -> Hold | None:
+    """Return the limit that is reached; of several, the one that frees a place last."""
+    reached = [usage for usage in limit_usage(snapshot) if usage.used >= usage.maximum]
     if not reached:
         return None
-    last = max(reached, key=lambda usage: (usage.free_at or datetime.max.replace(tzinfo=UTC), usage.most == 0))
-    return Gate(
-        f"limit reached limit={last.limit} used={last.used} of={last.most}",
-        last.free_at,
-        f"{last.limit} reached, {last.used} of {last.most}" if last.most else f"{last.limit} is 0",
-        soon=last.most > 0 and last.free_at is None,
+    last = max(reached, key=lambda usage: (usage.frees_at or datetime.max.replace(tzinfo=UTC), usage.maximum == 0))
+    return Hold(
+        f"limit reached limit={last.limit}",
+        last.frees_at,
+        f"{last.limit} reached, {last.used} of {last.maximum}" if last.maximum else f"{last.limit} is 0",
+        clears_itself=last.maximum > 0 and last.frees_at is None,
+        details=f"used={last.used} of={last.maximum}",
     )
 
 
-def room(pace: Pace) -> int | None:
-    """How many items may go now before a limit is reached; None: no limit is set."""
-    return min((max(usage.most - usage.used, 0) for usage in usages(pace)), default=None)
+def remaining_capacity(snapshot: Snapshot) -> int | None:
+    """Return how many items may go now before a limit is reached; None: no limit is set."""
+    return min((max(usage.maximum - usage.used, 0) for usage in limit_usage(snapshot)), default=None)
 
 
-def gap(pace: Pace, batch: Batch) -> Gate | None:
-    """What keeps a batch from its next item for the sake of min_gap_seconds between two of its sends."""
-    seconds = pace.settings.min_gap_seconds or 0
+def batch_gap_hold(snapshot: Snapshot, batch: Batch) -> Hold | None:
+    """Return what keeps a batch from its next item: min_gap_seconds between two of its sends."""
+    seconds = snapshot.settings.min_gap_seconds or 0
     if seconds <= 0:
         return None
     if batch.in_flight:
-        return Gate("minimum gap: the batch has an item in flight", soon=True)
-    opens = batch.last_sent_at + timedelta(seconds=seconds) if batch.last_sent_at else pace.now
-    return Gate("minimum gap", opens, f"minimum gap of {seconds} s") if opens > pace.now else None
+        return Hold("minimum gap: the batch has an item in flight", clears_itself=True)
+    ends = batch.last_sent_at + timedelta(seconds=seconds) if batch.last_sent_at else snapshot.now
+    return Hold("minimum gap", ends, f"minimum gap of {seconds} s") if ends > snapshot.now else None
 
 
-def spaced(pace: Pace, waiting: Sequence[Batch]) -> Gate | None:
-    """The gap of all batches that have something to send, if each keeps one now: the first that ends by time."""
+def gap_hold(snapshot: Snapshot, waiting: Sequence[Batch]) -> Hold | None:
+    """Return the gap that ends first, if every batch that has something to send keeps one now."""
     gaps = []
     for batch in waiting:
         if batch.pending:
-            gate = gap(pace, batch)
-            if gate is None:
+            hold = batch_gap_hold(snapshot, batch)
+            if hold is None:
                 return None
-            gaps.append(gate)
-    return min(gaps, key=lambda gate: gate.until or datetime.max.replace(tzinfo=UTC), default=None)
+            gaps.append(hold)
+    return min(gaps, key=lambda hold: hold.until or datetime.max.replace(tzinfo=UTC), default=None)
 
 
-def turns(pace: Pace, waiting: Sequence[Batch]) -> list[Batch]:
-    """The batches that may have their turn now, in its order, before limits."""
-    return [batch for batch in waiting if batch.pending and gap(pace, batch) is None]
+def eligible_batches(snapshot: Snapshot, waiting: Sequence[Batch]) -> Iterator[Batch]:
+    """Yield the batches that may be served now, in their order, before limits."""
+    return (batch for batch in waiting if batch.pending and batch_gap_hold(snapshot, batch) is None)
 
 
-def take_turns(
-    pace: Pace, waiting: Sequence[Batch], claim: Callable[[Sequence[str]], int]
-) -> tuple[Pace, Sequence[Batch]]:
-    """Give each batch its turn while there is room; return the pace after it, and the batches that had none.
+def claim_round_robin(
+    snapshot: Snapshot, waiting: Sequence[Batch], claim: Callable[[Sequence[str]], int]
+) -> tuple[Snapshot, bool]:
+    """Serve each batch once while the limits have capacity; return the snapshot after it, and whether some are left.
 
     `claim` claims the next item of each of the batches it is given, and returns how many had one.
     """
-    waiting = turns(pace, waiting)
-    while waiting and not limited(pace):
-        # Only a batch with nobody left to write to gives its place to the next one; else this runs once.
-        places = room(pace)
-        turn, waiting = waiting[:places], waiting[places:] if places else []
-        pace = pace._replace(in_flight=pace.in_flight + claim([batch.id for batch in turn]))
-    return pace, waiting
+    eligible = eligible_batches(snapshot, waiting)
+    while not limit_hold(snapshot):
+        # A batch with nobody left to write to gives its place to the next one; otherwise this runs once.
+        served = [batch.id for batch in itertools.islice(eligible, remaining_capacity(snapshot))]
+        if not served:
+            return snapshot, False
+        snapshot = snapshot._replace(in_flight=snapshot.in_flight + claim(served))
+    return snapshot, next(eligible, None) is not None
+
+
+def format_duration(length: timedelta) -> str:
+    """Return `12 s`, `4 min`, `7 h 12 min` or `3 d 4 h`; nothing is shorter than 0 s."""
+    seconds = max(int(length.total_seconds()), 0)
+    if seconds < 100:
+        return f"{seconds} s"
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86_400
+    if hours == 0:
+        return f"{minutes} min"
+    big, small = (f"{hours} h", f" {minutes % 60} min") if days == 0 else (f"{days} d", f" {hours % 24} h")
+    return big + ("" if small.startswith(" 0 ") else small)

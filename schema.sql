@@ -36,6 +36,11 @@
 --
 -- Indexes are partial, over what is alive: a poll, a tick and a sync cost what is in hand, not what
 -- was sent last year.
+--
+-- The planner's estimates may be a day old, or from before the first row, so hot statements leave it no bad plan:
+-- an EXISTS with OFFSET 0 stays a look-up and never becomes a join over all rows, and an UPDATE of known ids repeats
+-- the old state as `CASE status WHEN 'pending' THEN true END`, for which no partial index can be walked in place of
+-- the primary key. tests/test_plans.py counts what each statement reads.
 
 -- part: icloud ---------------------------------------------------------------------------------------
 
@@ -52,7 +57,8 @@ CREATE TABLE IF NOT EXISTS icloud.devices (
 ALTER TABLE icloud.devices ADD COLUMN IF NOT EXISTS last_seen_at TIMESTAMPTZ;
 ALTER TABLE icloud.devices ADD COLUMN IF NOT EXISTS created_at TIMESTAMPTZ NOT NULL DEFAULT now();
 
--- `send_queue_id` is the platform's column; nothing here reads it: a row's own id is its queue id.
+-- `send_queue_id` is the platform's column; nothing here reads it: a row's own id is its queue id. `drafted_at` is when
+-- the item was made; a row that was put in by hand has none.
 CREATE TABLE IF NOT EXISTS icloud.send_queue (
     id             UUID PRIMARY KEY DEFAULT gen_random_uuid(),
     device_id      UUID NOT NULL REFERENCES icloud.devices (id) ON DELETE CASCADE,
@@ -65,6 +71,7 @@ CREATE TABLE IF NOT EXISTS icloud.send_queue (
     created_at     TIMESTAMPTZ NOT NULL DEFAULT now(),
     updated_at     TIMESTAMPTZ NOT NULL DEFAULT now(),
     batch_item_id  UUID,
+    drafted_at     TIMESTAMPTZ,
     collected_at   TIMESTAMPTZ,
     valid_until    TIMESTAMPTZ,
     withdrawn_at   TIMESTAMPTZ,
@@ -74,6 +81,7 @@ CREATE TABLE IF NOT EXISTS icloud.send_queue (
         CHECK (withdrawn_at IS NULL OR (status = 'failed' AND collected_at IS NULL))
 );
 ALTER TABLE icloud.send_queue ADD COLUMN IF NOT EXISTS batch_item_id UUID;
+ALTER TABLE icloud.send_queue ADD COLUMN IF NOT EXISTS drafted_at TIMESTAMPTZ;
 ALTER TABLE icloud.send_queue ADD COLUMN IF NOT EXISTS collected_at TIMESTAMPTZ;
 ALTER TABLE icloud.send_queue ADD COLUMN IF NOT EXISTS valid_until TIMESTAMPTZ;
 ALTER TABLE icloud.send_queue ADD COLUMN IF NOT EXISTS withdrawn_at TIMESTAMPTZ;
@@ -170,7 +178,8 @@ ALTER TABLE outreach_batch_items ADD COLUMN IF NOT EXISTS claimed_at TIMESTAMPTZ
 
 -- One row. A NULL limit means none. Quiet hours are HH:MM, both or neither, in `quiet_hours_tz`
 -- (an IANA name; NULL: the dispatcher host's local time). They carry no CHECK: a value that cannot be
--- read disables them with a warning in the log.
+-- read disables them with a warning in the log. The dispatcher writes the last three: when a tick began, and when
+-- each job last did its work.
 CREATE TABLE IF NOT EXISTS outreach_settings (
     id                 INTEGER PRIMARY KEY DEFAULT 1,
     paused             BOOLEAN NOT NULL DEFAULT false,
@@ -184,6 +193,7 @@ CREATE TABLE IF NOT EXISTS outreach_settings (
     device_id          UUID,
     last_dispatched_at TIMESTAMPTZ,
     last_synced_at     TIMESTAMPTZ,
+    last_tick_at       TIMESTAMPTZ,
     CONSTRAINT outreach_settings_is_one_row CHECK (id = 1),
     CONSTRAINT outreach_settings_limits_are_not_negative
         CHECK (LEAST(max_per_minute, max_per_hour, max_per_day, min_gap_seconds) >= 0)
@@ -192,6 +202,7 @@ ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS quiet_hours_tz TEXT;
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS device_id UUID;
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS last_dispatched_at TIMESTAMPTZ;
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS last_synced_at TIMESTAMPTZ;
+ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS last_tick_at TIMESTAMPTZ;
 
 -- Tables that were here before must have what is read from them.
 DO $$

@@ -37,6 +37,7 @@ import waitress.wasyncore
 from bottle import request, response
 
 import db
+import handles
 import service
 
 BODY_LIMIT = 64 * 1024  # bytes; the contract's
@@ -75,12 +76,13 @@ class Enqueue(msgspec.Struct, rename="camel"):
 
     batch_item_id: uuid.UUID
     device_id: uuid.UUID
-    to_handle: Annotated[str, msgspec.Meta(max_length=service.HANDLE_LENGTH)]
+    to_handle: Annotated[str, msgspec.Meta(max_length=handles.MAX_HANDLE_LENGTH)]
     body: Annotated[str, msgspec.Meta(min_length=1)]
     valid_until: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
+    drafted_at: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
 
     def __post_init__(self) -> None:
-        if not service.HANDLE.fullmatch(self.to_handle) or db.UNSTORABLE.search(self.to_handle):
+        if not handles.HANDLE_PATTERN.fullmatch(self.to_handle) or db.UNSTORABLE.search(self.to_handle):
             raise ValueError("`toHandle` is neither a phone number nor an e-mail address")
         if db.UNSTORABLE.search(self.body):
             raise ValueError("`body` has a NUL or half of a surrogate pair")
@@ -130,10 +132,10 @@ def pending(database: db.Database) -> Data:
              ORDER BY created_at, id
              LIMIT 50
         ), collected AS (
-            -- Repeats its conditions: the row may have been withdrawn since `page` saw it.
+            -- Repeats the conditions, in a CASE (see schema.sql): the row may have been withdrawn since `page` saw it.
             UPDATE icloud.send_queue SET collected_at = now(), updated_at = now()
              WHERE id = ANY (ARRAY(SELECT id FROM page WHERE collected_at IS NULL))
-               AND status = 'queued' AND collected_at IS NULL
+               AND CASE status WHEN 'queued' THEN collected_at IS NULL END
             RETURNING id
         )
         SELECT page.id, to_handle, body, created_at
@@ -210,8 +212,9 @@ def enqueue(database: db.Database, service_token: str) -> Data:
     makes a new one. Other content for an item whose row is queued or sent is a 409 that names the row.
     """
     sql = """
-        INSERT INTO icloud.send_queue AS live (device_id, to_handle, body, batch_item_id, valid_until)
-        SELECT id, %(to_handle)s, %(body)s, %(batch_item_id)s, to_timestamp(%(valid_until)s)
+        INSERT INTO icloud.send_queue AS live (device_id, to_handle, body, batch_item_id, valid_until, drafted_at)
+        SELECT id, %(to_handle)s, %(body)s, %(batch_item_id)s,
+               to_timestamp(%(valid_until)s), to_timestamp(%(drafted_at)s)
           FROM icloud.devices
          WHERE id = %(device_id)s
         ON CONFLICT (batch_item_id) WHERE status <> 'failed'
@@ -229,6 +232,7 @@ def enqueue(database: db.Database, service_token: str) -> Data:
         "body": message.body,
         # As seconds, since PostgreSQL knows no offset of 16 hours and more, which the format allows.
         "valid_until": message.valid_until.timestamp() if message.valid_until else None,
+        "drafted_at": message.drafted_at.timestamp() if message.drafted_at else None,
     }
     rows = database.query(sql, parameters)
     if not rows:
@@ -239,7 +243,7 @@ def enqueue(database: db.Database, service_token: str) -> Data:
         body = _json({"success": False, "error": error, "data": {"sendQueueId": row_id}})
         raise bottle.HTTPResponse(body, 409, {"Content-Type": "application/json"})
     if inserted:
-        to = service.masked(message.to_handle)
+        to = handles.mask_handle(message.to_handle)
         logger.info("message enqueued sendQueueId=%s deviceId=%s to=%s", row_id, message.device_id, to)
     return {"sendQueueId": row_id}
 

@@ -16,9 +16,6 @@ from pathlib import Path
 import dotenv
 
 TOKEN_LENGTH = 16  # characters; the least that the service token has
-# The shape of a phone number or an e-mail address, which the server asks of a handle and a forecast foresees.
-HANDLE = re.compile(r"\+?(?:[ ().-]*[0-9]){3,15}|[^@\s\x00-\x1f\x7f]+@[^@\s\x00-\x1f\x7f]+\.[^@\s\x00-\x1f\x7f]+")
-HANDLE_LENGTH = 254  # characters
 UUID = re.compile("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 logger = logging.getLogger(__name__)
@@ -96,14 +93,6 @@ def notify(state: str) -> None:
 def is_uuid(text: object) -> bool:
     """Whether `text` is a UUID in its usual form; what comes from outside, or from a TEXT column, may be anything."""
     return isinstance(text, str) and UUID.fullmatch(text) is not None
-
-
-def masked(handle: str) -> str:
-    """`handle` as a log may show it: `+1415•••2671`, `a•••@example.com`."""
-    name, at, domain = handle.partition("@")
-    if at:
-        return f"{name[:1]}•••@{domain}"
-    return f"{handle[:5]}•••{handle[-4:]}" if len(handle) > 10 else f"•••{handle[-2:]}"
 
 
 def run(main: Callable[[], int]) -> None:

@@ -27,6 +27,7 @@ import msgspec
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import db  # the product is beside this directory
+import handles
 import send_queue_server
 import service
 
@@ -151,7 +152,7 @@ def starlette(listening: socket.socket) -> None:
         rows = await fetch(enqueue_sql, enqueue_names, msgspec.structs.asdict(wanted))
         if not rows or not rows[0][2]:
             return Response(status_code=409)
-        to = service.masked(wanted.to_handle)
+        to = handles.mask_handle(wanted.to_handle)
         logger.info("message enqueued sendQueueId=%s deviceId=%s to=%s", rows[0][0], wanted.device_id, to)
         return answer({"sendQueueId": rows[0][0]})
 

@@ -212,9 +212,9 @@ def base_url(databases: Databases) -> Iterator[str]:
 
 
 @pytest.fixture
-def mac_sync(base_url: str) -> Iterator[dispatcher.MacSync]:
+def mac_sync(base_url: str) -> Iterator[dispatcher.SendQueueClient]:
     """The dispatcher's client of that server."""
-    client = dispatcher.MacSync(base_url, SERVICE_TOKEN)
+    client = dispatcher.SendQueueClient(base_url, SERVICE_TOKEN)
     yield client
     client.session.close()
 

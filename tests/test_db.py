@@ -143,15 +143,15 @@ def test_migrate_over_the_platforms_tables_adds_what_is_missing_and_keeps_what_i
 def test_the_jobs_work_over_the_platforms_tables(empty: str) -> None:
     run_sql(empty, PLATFORM_ICLOUD + PLATFORM_QUINN + PLATFORM_OUTREACH)
     db.main(["migrate"])
-    assert dispatcher.run("sync", dispatcher.sync) is not None
+    assert dispatcher.run_job("sync", dispatcher.sync) is not None
 
-    class Recorder(dispatcher.MacSync):
+    class Recorder(dispatcher.SendQueueClient):
         def enqueue(self, item: dispatcher.Item, handle: str, *_: Any) -> str:
             assert (item.body, handle) == ("Hi", "+14155550123")
             return "550e8400-e29b-41d4-a716-446655440000"
 
     recorder = Recorder("http://mac-sync.test", "")
-    tally = dispatcher.run("dispatch", lambda quinn, icloud: dispatcher.dispatch(quinn, icloud, recorder))
+    tally = dispatcher.run_job("dispatch", lambda quinn, icloud: dispatcher.dispatch(quinn, icloud, recorder))
     assert tally == {"skipped": 0, "queued": 1}
 
 

@@ -22,6 +22,7 @@ import requests
 from conftest import ROOT, SERVICE_TOKEN, Databases, Script, World, numbers, on_database, until
 from device import Device
 
+import batches
 import db
 import dispatcher
 
@@ -111,13 +112,13 @@ class Lab:
 
     def cycle(self) -> None:
         """Sync and dispatch, as a successor would do them."""
-        mac_sync = dispatcher.MacSync(self.server_url, SERVICE_TOKEN)
+        mac_sync = dispatcher.SendQueueClient(self.server_url, SERVICE_TOKEN)
         with (
             mac_sync.session,
             contextlib.closing(db.connect(self.databases.quinn_url)) as quinn,
             contextlib.closing(db.connect(self.databases.icloud_url)) as icloud,
         ):
-            dispatcher.lock(quinn)
+            batches.acquire_lock(quinn, dispatcher.stop)
             dispatcher.sync(quinn, icloud)
             dispatcher.dispatch(quinn, icloud, mac_sync)
 

@@ -9,8 +9,9 @@ import pytest
 from conftest import World
 
 import dispatcher
+import forecast
 import pacing
-import status
+import report
 
 # Moving all that was written into the past is moving the clock on.
 SHIFTS = {
@@ -18,7 +19,7 @@ SHIFTS = {
         "UPDATE outreach_batch_items SET sent_at = sent_at - {0}, updated_at = updated_at - {0},"
         " created_at = created_at - {0}, claimed_at = claimed_at - {0}, queued_at = queued_at - {0}",
         "UPDATE outreach_batches SET last_served_at = last_served_at - {0}, created_at = created_at - {0}",
-        "UPDATE outreach_settings SET last_synced_at = last_synced_at - {0}",
+        "UPDATE outreach_settings SET last_synced_at = last_synced_at - {0}, last_tick_at = last_tick_at - {0}",
     ),
     "icloud": (
         "UPDATE icloud.send_queue SET sent_at = sent_at - {0}, updated_at = updated_at - {0},"
@@ -34,13 +35,13 @@ MOST_TICKS = 150
 def fresh_process() -> None:
     """What a new process would find: no quiet hours read and nothing told yet."""
     pacing.quiet_hours.cache_clear()
-    dispatcher.story.last = ""
+    dispatcher.decision_log.last = ""
 
 
 class Days:
     """A world whose clock the test moves, and whose device answers each message shortly after its tick."""
 
-    def __init__(self, world: World, mac_sync: dispatcher.MacSync, interval: timedelta) -> None:
+    def __init__(self, world: World, mac_sync: dispatcher.SendQueueClient, interval: timedelta) -> None:
         self.world, self.mac_sync, self.interval = world, mac_sync, interval
         self.moved = timedelta(0)
         self.quiet: tuple[int, int] | None = None  # minutes of the day
@@ -57,9 +58,8 @@ class Days:
             self.world.settings(quiet_hours_start=start, quiet_hours_end=end, quiet_hours_tz="UTC")
 
     def tick(self) -> None:
-        databases = self.world.databases.quinn, self.world.databases.icloud
-        dispatcher.sync(*databases)
-        dispatcher.dispatch(*databases, self.mac_sync)
+        dispatcher.run_job("sync", dispatcher.sync)
+        dispatcher.run_job("dispatch", lambda quinn, icloud: dispatcher.dispatch(quinn, icloud, self.mac_sync))
 
     def answer(self) -> None:
         """Let the device send what waits for it, and the time until the next tick pass."""
@@ -105,7 +105,7 @@ def scene(days: Days, dice: random.Random) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_forecast_is_within_one_interval_of_what_the_jobs_then_do(
-    world: World, mac_sync: dispatcher.MacSync, seed: int
+    world: World, mac_sync: dispatcher.SendQueueClient, seed: int
 ) -> None:
     dice = random.Random(seed)  # noqa: S311  # a scenario, no secret
     days = Days(world, mac_sync, timedelta(seconds=dice.choice([30, 60, 300, 900, 7200])))
@@ -116,7 +116,7 @@ def test_the_forecast_is_within_one_interval_of_what_the_jobs_then_do(
     if is_between_ticks := dice.random() < 0.5:
         days.tick()  # so that the forecast finds messages in flight
     began, moved = time.monotonic(), days.moved
-    seen = status.report(days.interval)
+    seen = report.report(days.interval)
     if is_between_ticks:
         days.answer()
     for _ in range(MOST_TICKS):
@@ -135,12 +135,14 @@ def test_the_forecast_is_within_one_interval_of_what_the_jobs_then_do(
         assert abs(batch.finish - moved - ends[batch.id]) <= slack, (batch, ends[batch.id] + moved)
 
 
-def courses(batches: int, items: int, now: datetime) -> list[status.Course]:
+def simulations(batches: int, items: int, now: datetime) -> dict[str, forecast.BatchSimulation]:
     """So many batches with so many sendable items each."""
-    return [
-        status.Course(pacing.Batch(str(number), True, False, None), (now, now, str(number)), status.SENT * items)
+    return {
+        str(number): forecast.BatchSimulation(
+            pacing.Batch(str(number), True, False, None), (now, now, str(number)), forecast.SENT * items
+        )
         for number in range(batches)
-    ]
+    }
 
 
 @pytest.mark.parametrize(
@@ -156,32 +158,31 @@ def courses(batches: int, items: int, now: datetime) -> list[status.Course]:
 def test_a_million_items_are_foreseen_about_right_and_at_once(limits: dict[str, Any], days: float) -> None:
     now = datetime(2026, 4, 22, 12, 0, 7, tzinfo=UTC)
     settings = pacing.Settings(False, None, None, "UTC", None, None, None, None, None)._replace(**limits)
-    played = courses(1_000, 1_000, now)
+    estimated = simulations(1_000, 1_000, now)
     began = time.process_time()
-    status.play(pacing.Pace(settings, now, 0, []), played, now, timedelta(seconds=30))
+    forecast.estimate(pacing.Snapshot(settings, now, 0, []), estimated, now, timedelta(seconds=30))
     assert time.process_time() - began < 1
-    assert not any(course.exact for course in played)
-    for course in played:
-        assert course.last is not None
-        assert (course.last - now) / timedelta(days=1) == pytest.approx(days, rel=0.1)
+    for simulation in estimated.values():
+        assert simulation.last is not None
+        assert (simulation.last - now) / timedelta(days=1) == pytest.approx(days, rel=0.1)
 
 
 def test_a_gate_that_no_time_opens_leaves_the_finish_open(world: World) -> None:
     world.device()
-    world.settings(max_per_day=0, last_synced_at=datetime.now(UTC))
+    world.settings(max_per_day=0, last_tick_at=datetime.now(UTC))
     world.batch(clients=1)
-    seen = status.report(timedelta(seconds=30))
+    seen = report.report(timedelta(seconds=30))
     assert seen.batches is not None
     assert [batch.finish for batch in seen.batches] == [None]
 
 
-def test_claimed_items_go_first_and_alone(world: World, mac_sync: dispatcher.MacSync) -> None:
+def test_claimed_items_go_first_and_alone(world: World, mac_sync: dispatcher.SendQueueClient) -> None:
     days = Days(world, mac_sync, timedelta(seconds=30))
     world.device()
-    world.settings(last_synced_at=datetime.now(UTC))
+    world.settings(last_tick_at=datetime.now(UTC))
     world.item(world.batch(), claimed_at=datetime.now(UTC))
     world.batch(clients=1)
-    seen = status.report(days.interval)
+    seen = report.report(days.interval)
     assert seen.batches is not None
     first, second = sorted(batch.finish for batch in seen.batches if batch.finish)
     assert second - first == days.interval

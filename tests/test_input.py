@@ -129,7 +129,7 @@ def test_what_is_recorded_and_enqueued_is_logged_without_token_body_or_full_hand
     post(f"/client/imessage/send-queue/{queue_id}/result", DEVICE_TOKEN, {"status": "failed", "error": words})
     log = script.log.read_text()
     assert f"message enqueued sendQueueId={queue_id}" in log
-    assert "+1415•••0199" in log
+    assert "+1415•••99" in log
     assert f"result recorded sendQueueId={queue_id} status=failed" in log
     assert [secret for secret in SECRETS if secret in log] == []
 

@@ -23,7 +23,7 @@ import dispatcher
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a new process would find: nothing told, stopped or scheduled yet. And no pause between retries."""
     monkeypatch.setattr(dispatcher, "RETRY_PAUSE", 0)
-    monkeypatch.setattr(dispatcher, "story", dispatcher.Story())
+    monkeypatch.setattr(dispatcher, "decision_log", dispatcher.DecisionLog())
     dispatcher.stop.clear()
     schedule.clear()
     yield
@@ -44,15 +44,15 @@ def test_1_one_message_is_one_row_though_dispatcher_and_server_are_killed_after_
     with contextlib.closing(db.connect(world.databases.icloud_url)) as rival, ThreadPoolExecutor() as threads:
         rival.autocommit = False
         db.query(rival, insert, {"device_id": device_id, "item_id": item_id})
-        asked = threads.submit(tick, world, dispatcher.MacSync(server[1], SERVICE_TOKEN))
+        asked = threads.submit(tick, world, dispatcher.SendQueueClient(server[1], SERVICE_TOKEN))
         until(lambda: world.icloud(WAITING), 2)
         server[0].process.kill()
-        with pytest.raises(dispatcher.Outage):
+        with pytest.raises(dispatcher.ServerUnavailable):
             asked.result(10)
         rival.rollback()
     until(lambda: world.icloud("SELECT 1 FROM icloud.send_queue"))
     # The next tick finds that row, and asks nobody.
-    tick(world, dispatcher.MacSync("http://127.0.0.1:1", SERVICE_TOKEN))
+    tick(world, dispatcher.SendQueueClient("http://127.0.0.1:1", SERVICE_TOKEN))
     assert world.statuses() == ["queued"]
     # The dispatcher dies between the answer of that server's successor and its own record of it.
     world.batch(clients=1)
@@ -62,14 +62,14 @@ def test_1_one_message_is_one_row_though_dispatcher_and_server_are_killed_after_
         tick(world, victim)
     assert report(base_url, "mini") == 2
     # Its successor finds the message sent by now.
-    tick(world, dispatcher.MacSync(base_url, SERVICE_TOKEN))
+    tick(world, dispatcher.SendQueueClient(base_url, SERVICE_TOKEN))
     sync(world)
     assert row_statuses(world) == [("sent", False)] * 2
     assert world.statuses() == ["sent"] * 2
 
 
 def test_2_every_item_ends_with_a_reason_or_is_visibly_waiting(
-    world: World, base_url: str, mac_sync: dispatcher.MacSync
+    world: World, base_url: str, mac_sync: dispatcher.SendQueueClient
 ) -> None:
     world.device("mini")
     clients = [
@@ -82,7 +82,7 @@ def test_2_every_item_ends_with_a_reason_or_is_visibly_waiting(
     batch_id = world.batch(clients)
     stopped = world.batch(clients=1, status="paused")
     for turn in range(6):
-        run_dispatch(dispatcher.MacSync("http://127.0.0.1:1", SERVICE_TOKEN))
+        run_dispatch(dispatcher.SendQueueClient("http://127.0.0.1:1", SERVICE_TOKEN))
         sync(world)
         tick(world, mac_sync)
         report(base_url, "mini", "failed" if turn == 0 else "sent")
@@ -94,7 +94,7 @@ def test_2_every_item_ends_with_a_reason_or_is_visibly_waiting(
 
 
 def test_3_sent_plus_in_flight_stays_within_the_limit_while_the_device_is_off_all_day(
-    world: World, base_url: str, mac_sync: dispatcher.MacSync
+    world: World, base_url: str, mac_sync: dispatcher.SendQueueClient
 ) -> None:
     world.device("mini")
     world.settings(max_per_minute=2, max_per_hour=3)
@@ -116,7 +116,7 @@ def test_3_sent_plus_in_flight_stays_within_the_limit_while_the_device_is_off_al
 
 
 def test_4_nothing_is_handed_out_for_the_first_time_in_quiet_hours_or_while_paused(
-    world: World, base_url: str, mac_sync: dispatcher.MacSync
+    world: World, base_url: str, mac_sync: dispatcher.SendQueueClient
 ) -> None:
     world.device("mini")
     batch_id = world.batch(clients=1)
@@ -136,7 +136,7 @@ def test_4_nothing_is_handed_out_for_the_first_time_in_quiet_hours_or_while_paus
     assert world.statuses(batch_id) == ["pending"]
 
 
-def test_5_a_recorded_result_never_changes(world: World, base_url: str, mac_sync: dispatcher.MacSync) -> None:
+def test_5_a_recorded_result_never_changes(world: World, base_url: str, mac_sync: dispatcher.SendQueueClient) -> None:
     world.device("mini")
     world.batch(clients=1)
     tick(world, mac_sync)
@@ -158,7 +158,7 @@ def test_5_a_recorded_result_never_changes(world: World, base_url: str, mac_sync
 
 
 def test_6_a_device_sees_and_changes_only_its_own_rows(
-    world: World, base_url: str, mac_sync: dispatcher.MacSync
+    world: World, base_url: str, mac_sync: dispatcher.SendQueueClient
 ) -> None:
     world.device("mini")
     world.device("stranger")
@@ -198,7 +198,7 @@ def test_7_a_job_that_raises_stops_neither_the_other_job_nor_its_own_next_run(
 
 
 def test_8_no_statement_of_a_poll_a_tick_or_a_sync_reads_through_the_history(
-    world: World, base_url: str, mac_sync: dispatcher.MacSync, monkeypatch: pytest.MonkeyPatch
+    world: World, base_url: str, mac_sync: dispatcher.SendQueueClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     history(world)
     world.settings(max_per_minute=50, max_per_day=100_000, min_gap_seconds=1)
@@ -206,8 +206,8 @@ def test_8_no_statement_of_a_poll_a_tick_or_a_sync_reads_through_the_history(
         world.batch(clients=2)
     item_id = world.item(world.batch(), status="queued")
     statements = spied(monkeypatch)
-    with contextlib.suppress(dispatcher.Outage):
-        tick(world, dispatcher.MacSync("http://127.0.0.1:1", SERVICE_TOKEN))  # leaves claims behind
+    with contextlib.suppress(dispatcher.ServerUnavailable):
+        tick(world, dispatcher.SendQueueClient("http://127.0.0.1:1", SERVICE_TOKEN))  # leaves claims behind
     sync(world)
     tick(world, mac_sync)
     report(base_url, "mini")
@@ -274,14 +274,14 @@ def history(world: World) -> None:
 
 
 def test_9_no_log_line_has_a_token_a_body_or_a_full_handle(
-    world: World, base_url: str, mac_sync: dispatcher.MacSync, caplog: pytest.LogCaptureFixture
+    world: World, base_url: str, mac_sync: dispatcher.SendQueueClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     secrets = (HANDLE, "Hello!", SERVICE_TOKEN, "mini-token", "stolen-token")
     world.device("mini", token="mini-token")
     world.batch(clients=[world.client(HANDLE), world.client(HANDLE)])
-    refused = dispatcher.MacSync(base_url, "stolen-token-0123456789")
-    with contextlib.suppress(dispatcher.Outage):
+    refused = dispatcher.SendQueueClient(base_url, "stolen-token-0123456789")
+    with contextlib.suppress(dispatcher.ServerUnavailable):
         tick(world, refused)
     for status in ("sent", "failed"):
         tick(world, mac_sync)

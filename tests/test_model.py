@@ -334,7 +334,7 @@ class Machine(RuleBasedStateMachine):
         self.wire = Wire(send_queue_server.make_app(db.Database(world.databases.icloud_url), SERVICE_TOKEN))
         self.http = requests.Session()
         self.http.mount(BASE_URL, self.wire)
-        self.mac_sync = dispatcher.MacSync(BASE_URL, SERVICE_TOKEN)
+        self.mac_sync = dispatcher.SendQueueClient(BASE_URL, SERVICE_TOKEN)
         self.mac_sync.session.mount(BASE_URL, self.wire)
 
     @initialize()
@@ -450,7 +450,7 @@ class Machine(RuleBasedStateMachine):
         for item in batch.items:
             if item.status == "failed":
                 item.status, item.row, item.device = "pending", None, None
-        assert dispatcher.retry(batch.id) == 0
+        assert dispatcher.run_retry(batch.id) == 0
 
     # what time does
 
@@ -492,7 +492,7 @@ class Machine(RuleBasedStateMachine):
         self.wire.weather = weather
         try:
             dispatcher.dispatch(self.world.databases.quinn, self.world.databases.icloud, self.mac_sync)
-        except dispatcher.Outage:
+        except dispatcher.ServerUnavailable:
             assert weather != "fair"
         self.wire.weather = "fair"
         self.learn_ids()
@@ -599,7 +599,7 @@ class Machine(RuleBasedStateMachine):
 @pytest.fixture(autouse=True)
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a new process would find. And no pause between retries."""
-    monkeypatch.setattr(dispatcher, "story", dispatcher.Story())
+    monkeypatch.setattr(dispatcher, "decision_log", dispatcher.DecisionLog())
     monkeypatch.setattr(dispatcher, "RETRY_PAUSE", 0)
     dispatcher.stop.clear()
     pacing.quiet_hours.cache_clear()

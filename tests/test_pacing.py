@@ -32,7 +32,7 @@ NO_LIMITS = pacing.Settings(False, None, None, None, None, None, None, None, Non
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a new process would find: no quiet hours read and nothing told yet."""
     pacing.quiet_hours.cache_clear()
-    monkeypatch.setattr(dispatcher, "story", dispatcher.Story())
+    monkeypatch.setattr(dispatcher, "decision_log", dispatcher.DecisionLog())
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +105,9 @@ def test_quiet_hours_agree_with_postgresql(
     [(quiet, next_quiet, next_loud)] = db.query(postgres_clock, ORACLE, parameters)
     hours = pacing.quiet_hours(hhmm(start), hhmm(end), zone)
     assert hours
-    assert hours.cover(moment) is quiet
-    assert hours.next(moment, covered=True) == next_quiet
-    assert hours.next(moment, covered=False) == next_loud
+    assert hours.contains(moment) is quiet
+    assert hours.next_change(moment, to_quiet=True) == next_quiet
+    assert hours.next_change(moment, to_quiet=False) == next_loud
 
 
 def test_quiet_hours_begin_with_their_first_minute_and_end_before_their_last() -> None:
@@ -115,7 +115,7 @@ def test_quiet_hours_begin_with_their_first_minute_and_end_before_their_last() -
         hours = pacing.QuietHours(start, end, ZoneInfo("UTC"))
         second = timedelta(seconds=1)
         first, last = MIDNIGHT + timedelta(minutes=start), MIDNIGHT + timedelta(minutes=end)
-        covered = [hours.cover(moment) for moment in (first - second, first, last - second, last)]
+        covered = [hours.contains(moment) for moment in (first - second, first, last - second, last)]
         assert covered == [False, True, True, False]
 
 
@@ -128,8 +128,8 @@ def test_without_a_zone_quiet_hours_go_by_the_hosts_local_time(
     try:
         hours = pacing.quiet_hours("07:00", "09:00", None)
         assert hours
-        assert hours.cover(datetime(2026, 1, 15, utc_hour, 30, tzinfo=UTC))
-        assert not hours.cover(datetime(2026, 1, 15, utc_hour + 3, 30, tzinfo=UTC))
+        assert hours.contains(datetime(2026, 1, 15, utc_hour, 30, tzinfo=UTC))
+        assert not hours.contains(datetime(2026, 1, 15, utc_hour + 3, 30, tzinfo=UTC))
     finally:
         monkeypatch.undo()
         time.tzset()
@@ -157,11 +157,11 @@ def test_the_ways_to_write_a_time_of_day(text: str, minute: int) -> None:
 def test_quiet_hours_that_cannot_be_read_are_disabled_with_one_warning(
     caplog: pytest.LogCaptureFixture, start: str | None, end: str | None, zone: str | None
 ) -> None:
-    pace = pacing.Pace(
+    pace = pacing.Snapshot(
         NO_LIMITS._replace(quiet_hours_start=start, quiet_hours_end=end, quiet_hours_tz=zone), NOW, 0, []
     )
     for _ in range(3):
-        assert pacing.closed(pace) is None
+        assert pacing.global_hold(pace) is None
         assert pacing.next_quiet_hours(pace) is None
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "quiet hours are disabled" in caplog.text
@@ -184,7 +184,7 @@ def test_quiet_hours_in_columns_of_type_time_are_read(world: World) -> None:
     for column in ("quiet_hours_start", "quiet_hours_end"):
         world.quinn(f"ALTER TABLE outreach_settings ALTER {column} TYPE TIME USING {column}::time")
     world.settings(quiet_hours_start="00:00", quiet_hours_end="23:59", quiet_hours_tz="UTC")
-    pace = pacing.read(world.databases.quinn)
+    pace = pacing.read_snapshot(world.databases.quinn)
     assert pace
     assert pacing.quiet_hours(*pace.settings[1:4]) == pacing.QuietHours(0, 1439, ZoneInfo("UTC"))
 
@@ -194,7 +194,7 @@ def test_what_waits_longest_is_what_is_read(world: World) -> None:
     batch_id = world.batch()
     for minutes in (5, 9, 7):
         world.item(batch_id, claimed_at=now - timedelta(minutes=minutes))
-    pace = pacing.read(world.databases.quinn)
+    pace = pacing.read_snapshot(world.databases.quinn)
     assert pace is not None
     assert pace.claimed_since == now - timedelta(minutes=9)
     young, old = world.device("young"), world.device("old")
@@ -217,11 +217,11 @@ def test_what_waits_longest_is_what_is_read(world: World) -> None:
 
 def test_the_gate_of_quiet_hours_says_when_it_opens() -> None:
     night = NO_LIMITS._replace(quiet_hours_start="11:00", quiet_hours_end="14:30", quiet_hours_tz="UTC")
-    gate = pacing.closed(pacing.Pace(night, NOW, 0, []))
+    gate = pacing.global_hold(pacing.Snapshot(night, NOW, 0, []))
     assert gate
     assert gate.until == NOW.replace(hour=14, minute=30)
     assert str(gate) == "quiet hours until=2026-04-22T14:30:00+00:00"
-    assert str(pacing.closed(pacing.Pace(night._replace(paused=True), NOW, 0, []))) == "paused"
+    assert str(pacing.global_hold(pacing.Snapshot(night._replace(paused=True), NOW, 0, []))) == "paused"
 
 
 # --- limits -------------------------------------------------------------------------------------------
@@ -238,9 +238,9 @@ def test_a_place_falls_free_at_the_first_instant_that_has_one(
     limits: dict[str, Any] = {"max_per_minute": minute, "max_per_hour": hour, "max_per_day": day}
     every_sent = sorted((NOW - timedelta(seconds=seconds) for seconds in sent_ago), reverse=True)
     read = every_sent[: max((limit for limit in limits.values() if limit is not None), default=0)]  # what read() reads
-    pace = pacing.Pace(NO_LIMITS._replace(**limits), NOW, in_flight, read)
+    pace = pacing.Snapshot(NO_LIMITS._replace(**limits), NOW, in_flight, read)
     places = []
-    for usage in pacing.usages(pace):
+    for usage in pacing.limit_usage(pace):
         window, most = pacing.WINDOWS[usage.limit], limits[usage.limit]
         assert most is not None
 
@@ -249,17 +249,17 @@ def test_a_place_falls_free_at_the_first_instant_that_has_one(
 
         assert usage.used == used(NOW) or usage.used >= most
         opening = [sent + window for sent in every_sent if used(sent + window) < most and sent + window > NOW]
-        assert usage.free_at == (min(opening, default=None) if used(NOW) >= most else None)
+        assert usage.frees_at == (min(opening, default=None) if used(NOW) >= most else None)
         places.append(max(most - used(NOW), 0))
-    assert pacing.room(pace) == min(places, default=None)
-    assert (pacing.limited(pace) is None) == (pacing.room(pace) != 0)
+    assert pacing.remaining_capacity(pace) == min(places, default=None)
+    assert (pacing.limit_hold(pace) is None) == (pacing.remaining_capacity(pace) != 0)
 
 
 def test_of_several_limits_the_one_that_opens_last_is_named() -> None:
     limits = NO_LIMITS._replace(max_per_minute=1, max_per_hour=1)
-    gate = pacing.limited(pacing.Pace(limits, NOW, 0, [NOW]))
+    gate = pacing.limit_hold(pacing.Snapshot(limits, NOW, 0, [NOW]))
     assert str(gate) == "limit reached limit=max_per_hour used=1 of=1 until=2026-04-22T13:00:00+00:00"
-    gate = pacing.limited(pacing.Pace(limits, NOW, 1, []))
+    gate = pacing.limit_hold(pacing.Snapshot(limits, NOW, 1, []))
     assert str(gate) == "limit reached limit=max_per_minute used=1 of=1"  # nothing but a result opens it
 
 
@@ -267,7 +267,7 @@ class Crash(BaseException):
     """The end of the process, at this very instruction."""
 
 
-class CrashingMacSync(dispatcher.MacSync):
+class CrashingMacSync(dispatcher.SendQueueClient):
     """Dies after the server has committed and before the answer is recorded, when told so."""
 
     crash = False

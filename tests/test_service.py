@@ -130,17 +130,6 @@ def test_without_systemd_nobody_is_told_and_a_broken_socket_is_a_warning(
     assert "systemd could not be notified" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("handle", "shown"),
-    [
-        ("+14155552671", "+1415•••2671"), ("jane.doe@example.com", "j•••@example.com"),
-        ("@example.com", "•••@example.com"), ("5550100123", "•••23"), ("911", "•••11"), ("", "•••"),
-    ],
-)  # fmt: skip
-def test_a_handle_is_shown_in_part(handle: str, shown: str) -> None:
-    assert service.masked(handle) == shown
-
-
 def test_a_misconfigured_script_says_one_sentence_and_exits_with_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from conftest import ROOT, SERVICE_TOKEN, Databases, World, on_database
 import db
 import dispatcher
 import pacing
+import report
 import status
 
 INTERVAL = timedelta(seconds=30)
@@ -28,7 +29,7 @@ Setting = Callable[[World], object]
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a new process would find: no quiet hours read and nothing told yet."""
     pacing.quiet_hours.cache_clear()
-    dispatcher.story.last = ""
+    dispatcher.decision_log.last = ""
     monkeypatch.setattr(pacing.logger, "disabled", False)  # which status.main() changes for its process
 
 
@@ -38,7 +39,7 @@ def ago(**length: float) -> datetime:
 
 def alive(world: World) -> None:
     """A dispatcher whose last tick was 18 s ago, and a device that has just polled."""
-    world.settings(last_synced_at=ago(seconds=18))
+    world.settings(last_tick_at=ago(seconds=18), last_synced_at=ago(seconds=18), last_dispatched_at=ago(seconds=18))
     world.device()
     world.icloud("UPDATE icloud.devices SET last_seen_at = now() - interval '3 seconds'")
 
@@ -101,12 +102,12 @@ def invalid_quiet_hours(world: World) -> None:
 
 def stopped(world: World) -> None:
     sending(world)
-    world.settings(last_synced_at=ago(minutes=11))
+    world.settings(last_tick_at=ago(minutes=11))
 
 
 def never_ran(world: World) -> None:
     sending(world)
-    world.settings(last_synced_at=None)
+    world.settings(last_tick_at=None)
 
 
 def hour_is_full(world: World) -> None:
@@ -200,7 +201,7 @@ def paused_and_off(world: World) -> None:
 
 def stopped_and_paused(world: World) -> None:
     paused(world)
-    world.settings(last_synced_at=ago(hours=2))
+    world.settings(last_tick_at=ago(hours=2))
 
 
 def no_device(world: World) -> None:
@@ -236,6 +237,29 @@ def server_is_down(world: World) -> None:
 def server_is_down_at_night(world: World) -> None:
     server_is_down(world)
     quiet(world)
+
+
+def sync_fails(world: World) -> None:
+    in_flight(world)
+    world.settings(last_tick_at=ago(seconds=5), last_synced_at=ago(hours=2, seconds=5))
+
+
+def dispatch_fails_while_paused(world: World) -> None:
+    paused(world)
+    world.settings(last_tick_at=ago(seconds=5), last_dispatched_at=ago(minutes=20))
+
+
+def sync_never_worked(world: World) -> None:
+    world.settings(last_synced_at=None)
+
+
+def one_batch_below_the_limit(world: World) -> None:
+    world.batch(clients=3)
+    world.settings(max_per_minute=60)
+
+
+def unreadable_number(world: World) -> None:
+    world.batch(clients=[world.client("0170 1234567"), world.client()])
 
 
 def all_have_ended(world: World) -> None:
@@ -274,7 +298,12 @@ SITUATIONS: list[tuple[Setting, str, int]] = [
     (last_in_flight, r"Held: waiting for device 'mac-mini', last seen 3 s ago; 1 message in flight\.", 0),
     (results_to_read, r"Held: waiting for the next tick to read the results; 1 message in flight\.", 0),
     (no_device, r"Failing: there is no device: `python db.py add-device NAME` makes one\.", 1),
-    (server_is_down, r"Held: the send queue server could not be asked for 4 min\.", 1),
+    (server_is_down, r"Held: the send queue server has been unavailable for 4 min\.", 1),
+    (sync_fails, r"Failing: the dispatcher runs, and its sync job has failed for 2 h\.", 1),
+    (sync_never_worked, r"Failing: the dispatcher runs, and its sync job has failed since its first run\.", 1),
+    (dispatch_fails_while_paused, r"Failing: the dispatcher runs, and its dispatch job has failed for 20 min\.", 1),
+    (one_batch_below_the_limit, r"Sending: next item of batch .*", 0),
+    (unreadable_number, r"Sending: next item of batch .*", 1),
     (stopped, r"Dispatcher not running: last tick 11 min ago\.", 1),
     (never_ran, r"Dispatcher not running: it has not run yet\.", 1),
     (stopped_and_paused, r"Dispatcher not running: last tick 2 h ago\.", 1),
@@ -293,16 +322,17 @@ def test_the_first_line_names_the_gate(
 
 @pytest.mark.parametrize("situation", [case[0] for case in SITUATIONS], ids=[case[0].__name__ for case in SITUATIONS])
 def test_what_status_says_is_what_the_next_tick_does(
-    world: World, mac_sync: dispatcher.MacSync, situation: Setting
+    world: World, mac_sync: dispatcher.SendQueueClient, situation: Setting
 ) -> None:
     alive(world)
     situation(world)
-    verdict = status.report(INTERVAL).verdict
+    verdict = report.report(INTERVAL).verdict
     tally = dispatcher.dispatch(world.databases.quinn, world.databases.icloud, mac_sync)
-    # Whether a dispatcher, or the server, is at work is not the settings' to say, and here both are.
-    if verdict.gate not in ("dispatcher not running", "server could not be asked", "no device"):
+    # Whether a dispatcher, its jobs and the server work is not the settings' to say, and here all do.
+    outside = ("dispatcher not running", "sync job fails", "dispatch job fails", "server unavailable", "no device")
+    if verdict.hold not in outside:
         assert bool(tally["queued"]) == (verdict.state == "sending")
-    assert bool(tally["failed"]) == (verdict.gate == "no device")
+    assert bool(tally["failed"]) == (verdict.hold == "no device")
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -320,7 +350,7 @@ def test_with_both_databases_down_it_says_so_and_what_to_do() -> None:
     done = run(QUINN_DB_URL=NOWHERE, QUINN_ICLOUD_DB_URL=NOWHERE)
     assert done.returncode == 1
     assert done.stdout.startswith("Held: database quinn cannot be reached; database icloud cannot be reached.\n")
-    assert "Connection refused; start PostgreSQL, mend QUINN_ICLOUD_DB_URL, or" in done.stdout
+    assert "Connection refused; start PostgreSQL, correct QUINN_ICLOUD_DB_URL, or" in done.stdout
     assert "Traceback" not in done.stderr
     assert "secret-word" not in done.stdout + done.stderr
 
@@ -357,7 +387,10 @@ def test_a_role_that_may_not_read_is_told_what_to_grant(databases: Databases) ->
         db.query(conn, "DO $$ BEGIN RAISE EXCEPTION 'permission denied' USING ERRCODE = '42501'; END $$")
 
     words = "permission denied; GRANT the tables' owner to it"
-    assert status.look("quinn", forbidden) == (None, status.Problem("database quinn refuses this role", words))
+    assert report.read_database("quinn", forbidden) == (
+        None,
+        report.DatabaseProblem("database quinn refuses this role", words),
+    )
 
 
 def contents(world: World) -> list[list[db.Row]]:
@@ -399,12 +432,12 @@ def refused(part: db.Part) -> None:
         except psycopg2.Error as error:
             errors.append(error)
 
-    status.look(part, write)
+    report.read_database(part, write)
     raise errors[0]
 
 
 KEYS = {
-    "now", "zone", "verdict", "warnings", "lastTickAt", "inFlight", "batches", "notSending", "limits", "devices",
+    "now", "zone", "verdict", "warnings", "lastTickAt", "inFlight", "batches", "idleBatches", "limits", "devices",
     "failures",
 }  # fmt: skip
 
@@ -420,11 +453,11 @@ def test_json_has_every_figure(world: World) -> None:
     seen = json.loads(done.stdout)
     assert set(seen) == KEYS
     assert seen["verdict"]["state"] == "held"
-    assert seen["verdict"]["gate"] == "waiting for device name='mac-mini'"
+    assert seen["verdict"]["hold"] == "waiting for device name='mac-mini'"
     assert seen["verdict"]["needsOperator"] is True
     assert seen["inFlight"] == 2
-    assert seen["notSending"] == {"draft": 1}
-    assert [(line["limit"], line["used"], line["most"]) for line in seen["limits"]] == [("max_per_minute", 3, 2)]
+    assert seen["idleBatches"] == {"draft": 1}
+    assert [(line["limit"], line["used"], line["maximum"]) for line in seen["limits"]] == [("max_per_minute", 3, 2)]
     assert [(line["name"], line["waiting"], line["collected"]) for line in seen["devices"]] == [("mac-mini", 2, 0)]
     assert [(line["reason"], line["count"]) for line in seen["failures"]] == [("not registered", 1)]
     counts = ("pending", "queued", "sent", "failed", "skipped")
@@ -477,6 +510,25 @@ def test_words_from_outside_cannot_move_the_cursor(world: World) -> None:
         assert "[bold]no" in shown
 
 
+def test_why_a_single_batch_is_slower_than_its_limit_is_said(world: World) -> None:
+    alive(world)
+    one_batch_below_the_limit(world)
+    assert (
+        "1 batch sends at most 2 a minute, one message of a batch in each tick; max_per_minute allows 60."
+        in run().stdout
+    )
+
+
+def test_a_number_without_country_code_is_warned_of(world: World) -> None:
+    alive(world)
+    unreadable_number(world)
+    warning = "1 pending item has a number without a country code, which may fail at the device"
+    assert f"Warning: {warning}; write the number with +" in run().stdout
+    [draft] = world.quinn("SELECT id FROM outreach_batches")[0]
+    assert f"Note: {warning}" in run("--forecast", draft).stdout
+    assert "Warning" not in run(DEFAULT_REGION="DE").stdout
+
+
 def test_invalid_quiet_hours_are_warned_of_once(world: World) -> None:
     alive(world)
     invalid_quiet_hours(world)
@@ -499,7 +551,7 @@ def test_a_draft_s_forecast_says_how_many_go_and_why_others_do_not(world: World)
     assert (seen["pending"], seen["wouldSend"]) == (6, 3)
     assert seen["wouldSkip"] == {"no primary handle": 2}
     assert seen["wouldFail"] == {"invalid handle, or an empty message": 1}
-    assert seen["binds"] == "max_per_minute"
+    assert seen["bottleneck"] == "max_per_minute"
     assert seen["isExact"] is True
     first, last = (datetime.fromisoformat(seen[name]) for name in ("firstAt", "lastAt"))
     # One goes; the next place is free three ticks later; the one that fails takes a tick of its own.
@@ -522,7 +574,7 @@ def test_a_forecast_while_paused_says_what_it_takes_for_granted(world: World) ->
     paused(world)
     seen = json.loads(run("--json", "--forecast", world.batch(clients=1, status="draft")).stdout)
     assert seen["lastAt"]
-    assert seen["notes"] == ["sending is paused: this counts as if it went on now"]
+    assert seen["notes"] == ["sending is paused: this assumes that it goes on now"]
 
 
 def test_an_unknown_batch_is_an_error(world: World) -> None:
@@ -580,8 +632,21 @@ def test_the_server_s_status_is_the_service_token_s(world: World, base_url: str)
 # --- the dispatcher's story ---------------------------------------------------------------------------
 
 
+def test_limits_that_a_late_device_fills_are_logged_once(
+    world: World, mac_sync: dispatcher.SendQueueClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "outreach-dispatcher")
+    alive(world)
+    device_is_off(world)
+    for _ in range(5):
+        dispatcher.dispatch(world.databases.quinn, world.databases.icloud, mac_sync)
+    assert [line for line in caplog.messages if "held" in line] == [
+        "sending is held: waiting for device name='mac-mini'"
+    ]
+
+
 def test_a_day_is_told_in_a_dozen_lines(
-    world: World, mac_sync: dispatcher.MacSync, caplog: pytest.LogCaptureFixture
+    world: World, mac_sync: dispatcher.SendQueueClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "outreach-dispatcher")
     world.device()

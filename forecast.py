@@ -1,0 +1,420 @@
+"""Simulate the dispatcher's ticks into the future: when each batch ends, and what one batch would do if it were sent.
+
+Used by report.py and status.py. The rules are pacing's own, called with a clock that the simulation sets. Reads what it
+needs of both databases and writes nothing. Example:
+
+    simulations, holds = forecast.forecast(outreach, queue, interval)
+"""
+
+import collections
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple, cast
+
+import msgspec
+
+import db
+import handles
+import pacing
+import service
+
+# Above so many pending items, nothing is simulated: each batch ends by the limits' rate (see estimate()).
+MAX_SIMULATED_ITEMS = 20_000
+MAX_SIMULATED_TIME = timedelta(days=365)  # a batch that ends later has no time known
+# A device reports a result this long after a tick. Every moment between two ticks comes to the same.
+DEVICE_LATENCY = timedelta(seconds=1)
+QUIET_HOURS = "quiet hours"
+ONE_PER_TICK = "one message of a batch in each tick"
+# What will become of an item. A number that cannot be read is passed on as it is, and may fail at the device.
+SENT, UNREADABLE, FAILED, SKIPPED = "s", "u", "f", "k"
+
+
+# --- what is read -------------------------------------------------------------------------------------
+
+
+class BatchCounts(NamedTuple):
+    """A batch and its items by status; `last_served_at`, `created_at` and id are its place in the order of serving."""
+
+    id: str
+    status: str
+    last_served_at: datetime | None
+    created_at: datetime
+    pending: int
+    queued: int
+    sent: int
+    failed: int
+    skipped: int
+
+    @property
+    def sort_key(self) -> tuple[datetime, datetime, str]:
+        return self.last_served_at or datetime.min.replace(tzinfo=UTC), self.created_at, self.id
+
+
+class OutreachSnapshot(NamedTuple):
+    """What quinn holds of the sending batches.
+
+    `predicted_outcomes`: a letter for each of a batch's pending items, in their order. `claims`: claimed items by
+    batch. `queued_items`: batch and queue row of each queued item. `is_exact`: few enough items to be simulated.
+    """
+
+    now: datetime
+    snapshot: pacing.Snapshot | None
+    waiting: list[pacing.Batch]
+    counts: dict[str, BatchCounts]
+    predicted_outcomes: dict[str, str]
+    claims: collections.Counter[str]
+    queued_items: list[tuple[str, str]]
+    is_exact: bool
+
+
+class QueueSnapshot(NamedTuple):
+    """What icloud holds. `ended`: the rows in flight that have a result, and when they were sent (None: failed)."""
+
+    devices: list[pacing.Device]
+    ended: dict[str, datetime | None]
+
+
+def read_outreach(quinn: Any, batch_id: str | None = None) -> OutreachSnapshot:
+    """Read what quinn holds of the sending batches, and of `batch_id` whatever its status."""
+    queued = "SELECT batch_id, COALESCE(send_queue_id, '') FROM outreach_batch_items WHERE status = 'queued'"
+    counts = _read_counts(quinn, batch_id)
+    is_exact = sum(batch.pending for batch in counts.values()) <= MAX_SIMULATED_ITEMS
+    known = list(counts) if is_exact else [batch_id] if batch_id else []
+    outcomes, claims = _read_outcomes(quinn, known)
+    return OutreachSnapshot(
+        now=db.query(quinn, "SELECT now()")[0][0],
+        snapshot=pacing.read_snapshot(quinn),
+        waiting=pacing.batches(quinn),
+        counts=counts,
+        predicted_outcomes={name: outcomes.get(name, SENT * batch.pending) for name, batch in counts.items()},
+        claims=claims,
+        queued_items=[(batch_id, queue_id) for batch_id, queue_id in db.query(quinn, queued)],
+        is_exact=is_exact,
+    )
+
+
+def _read_counts(quinn: Any, batch_id: str | None) -> dict[str, BatchCounts]:
+    sql = """
+        WITH batch AS (
+            SELECT id, status, last_served_at, created_at FROM outreach_batches
+             WHERE (status = 'sending' AND NOT dry_run) OR id = %(batch_id)s::uuid
+        ), item AS (
+            SELECT batch_id, status, count(*) AS count FROM outreach_batch_items
+             WHERE batch_id IN (SELECT id FROM batch)
+             GROUP BY batch_id, status
+        )
+        SELECT batch.id, batch.status, batch.last_served_at, batch.created_at,
+               COALESCE(sum(count) FILTER (WHERE item.status = 'pending'), 0)::bigint,
+               COALESCE(sum(count) FILTER (WHERE item.status = 'queued'), 0)::bigint,
+               COALESCE(sum(count) FILTER (WHERE item.status = 'sent'), 0)::bigint,
+               COALESCE(sum(count) FILTER (WHERE item.status = 'failed'), 0)::bigint,
+               COALESCE(sum(count) FILTER (WHERE item.status = 'skipped'), 0)::bigint
+          FROM batch LEFT JOIN item ON item.batch_id = batch.id
+         GROUP BY batch.id, batch.status, batch.last_served_at, batch.created_at
+    """
+    return {row[0]: BatchCounts(*row) for row in db.query(quinn, sql, {"batch_id": batch_id})}
+
+
+def _read_outcomes(quinn: Any, batch_ids: Sequence[str]) -> tuple[dict[str, str], collections.Counter[str]]:
+    """Return each batch's predicted outcomes, and how many of its items are claimed."""
+    sql = """
+        SELECT item.batch_id, item.claimed_at IS NOT NULL,
+               (SELECT min(handle) FROM contact_relationships WHERE client_id = item.client_id AND is_primary),
+               item.rendered_body = ''
+          FROM outreach_batch_items AS item
+         WHERE item.status = 'pending' AND item.batch_id = ANY (%(ids)s::uuid[])
+         ORDER BY item.batch_id, item.created_at, item.id
+    """
+    rows = db.query(quinn, sql, {"ids": list(batch_ids)}) if batch_ids else []
+    outcomes = {
+        batch_id: "".join(predict_outcome(handle, is_empty) for _, _, handle, is_empty in items)
+        for batch_id, items in itertools.groupby(rows, lambda row: cast(str, row[0]))
+    }
+    return outcomes, collections.Counter(row[0] for row in rows if row[1])
+
+
+def predict_outcome(handle: str | None, is_empty: bool) -> str:
+    """Return what the dispatcher and the server will make of an item with this primary handle."""
+    if handle is None:
+        return SKIPPED
+    if is_empty or not handles.is_handle(handle):
+        return FAILED
+    return SENT if handles.to_send(handle) else UNREADABLE
+
+
+def read_queue(icloud: Any, queued_items: Sequence[tuple[str, str]]) -> QueueSnapshot:
+    """Read the devices, and which of the queued items have a result that the dispatcher has not read yet."""
+    sql = "SELECT id, sent_at FROM icloud.send_queue WHERE id = ANY (%(ids)s::uuid[]) AND status <> 'queued'"
+    ids = [queue_id for _, queue_id in queued_items if service.is_uuid(queue_id)]  # the column is TEXT
+    rows = db.query(icloud, sql, {"ids": ids}) if 0 < len(ids) <= MAX_SIMULATED_ITEMS else []
+    return QueueSnapshot(pacing.devices(icloud), dict(rows))
+
+
+# --- the simulation -----------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class BatchSimulation:
+    """A batch on its way. `outcomes` from `position` on are pending; `last`: when its last item ended, None before."""
+
+    batch: pacing.Batch
+    sort_key: tuple[datetime, datetime, str]
+    outcomes: str
+    position: int = 0
+    first: datetime | None = None
+    last: datetime | None = None
+    is_exact: bool = True
+
+    @property
+    def left(self) -> int:
+        return len(self.outcomes) - self.position
+
+    def skip(self, tick: datetime) -> None:
+        """Pass over the items that have nobody to go to."""
+        while self.outcomes.startswith(SKIPPED, self.position):
+            self.position += 1
+        self.last = None if self.left else tick
+
+    def take(self, tick: datetime) -> bool:
+        """Take the next item in the tick; return whether it was sent."""
+        is_sent = self.outcomes[self.position] in (SENT, UNREADABLE)
+        self.position += 1
+        if is_sent:
+            self.first = self.first or tick
+            self.batch = self.batch._replace(last_sent_at=tick + DEVICE_LATENCY)
+        self.last = None if self.left else tick
+        return is_sent
+
+
+def forecast(
+    outreach: OutreachSnapshot, queue: QueueSnapshot | None, interval: timedelta, target_id: str | None = None
+) -> tuple[dict[str, BatchSimulation], dict[str, timedelta]]:
+    """Return each sending batch's simulation from the next tick on, and how long each hold will last.
+
+    With `target_id`, that batch is sent too, whatever its status, and a pause is taken as over.
+    """
+    snapshot = cast(pacing.Snapshot, outreach.snapshot)
+    waiting = list(outreach.waiting)
+    if target_id:
+        snapshot = snapshot._replace(settings=snapshot.settings._replace(paused=False))
+        if target_id not in {batch.id for batch in waiting}:
+            sort_key = outreach.counts[target_id].sort_key
+            place = sum(outreach.counts[batch.id].sort_key < sort_key for batch in waiting)
+            has_items = bool(outreach.predicted_outcomes[target_id])
+            waiting.insert(place, pacing.Batch(target_id, has_items, False, None))
+    simulations = {
+        batch.id: BatchSimulation(
+            batch._replace(in_flight=False),
+            outreach.counts[batch.id].sort_key,
+            outreach.predicted_outcomes[batch.id],
+            is_exact=outreach.is_exact,
+        )
+        for batch in waiting
+    }
+    tick = max(snapshot.last_tick + interval, snapshot.now) if snapshot.last_tick else snapshot.now
+    snapshot, tick = apply_in_flight(outreach, queue, snapshot, simulations, tick, interval)
+    if not outreach.is_exact:
+        return simulations, estimate(snapshot, simulations, tick, interval)
+    return simulations, simulate(snapshot, simulations, tick, interval, target_id)
+
+
+def simulate(
+    snapshot: pacing.Snapshot,
+    simulations: dict[str, BatchSimulation],
+    tick: datetime,
+    interval: timedelta,
+    target_id: str | None = None,
+) -> dict[str, timedelta]:
+    """Simulate ticks until every batch, or the target, has ended; return how long each hold lasted.
+
+    A device reports every message at once. A batch that no tick can end keeps `last` None: no time ends the hold.
+    """
+    end = tick + MAX_SIMULATED_TIME
+    hold_durations: collections.Counter[str] = collections.Counter()  # in intervals
+    largest = max(snapshot.settings.limits.values(), default=0)
+    sent = collections.deque(snapshot.sent[:largest], maxlen=largest)
+    waiting = {name: simulation for name, simulation in simulations.items() if simulation.left}
+    while waiting and (target_id is None or target_id in waiting) and tick < end:
+        snapshot = snapshot._replace(now=tick, in_flight=0, sent=sent)
+        batches = [simulation.batch for simulation in waiting.values()]
+        decision = pacing.decide(snapshot, batches)
+        if isinstance(decision, pacing.Hold):
+            if decision.until is None:
+                break
+            ticks = max(math.ceil((decision.until - tick) / interval), 1)
+            hold_durations[decision.code] += ticks
+            tick += ticks * interval
+            continue
+        sent.extendleft([tick + DEVICE_LATENCY] * simulate_tick(snapshot, batches, waiting))
+        hold_durations[ONE_PER_TICK] += 1
+        tick += interval
+    return {code.removeprefix("limit reached limit="): ticks * interval for code, ticks in hold_durations.items()}
+
+
+def simulate_tick(
+    snapshot: pacing.Snapshot, batches: Sequence[pacing.Batch], waiting: dict[str, BatchSimulation]
+) -> int:
+    """Simulate one tick; return how many items were sent. What was served moves to the end, what has ended leaves."""
+    sent = 0
+
+    def claim(batch_ids: Sequence[str]) -> int:
+        nonlocal sent
+        claimed = 0
+        # What is served in one statement has one last_served_at, and is in the order of its creation from then on.
+        for served in sorted((waiting.pop(batch_id) for batch_id in batch_ids), key=lambda each: each.sort_key[1:]):
+            served.skip(snapshot.now)
+            if served.left:
+                claimed += 1
+                sent += served.take(snapshot.now)
+            if served.left:
+                waiting[served.batch.id] = served
+        return claimed
+
+    pacing.claim_round_robin(snapshot, batches, claim)
+    return sent
+
+
+def apply_in_flight(
+    outreach: OutreachSnapshot,
+    queue: QueueSnapshot | None,
+    snapshot: pacing.Snapshot,
+    simulations: dict[str, BatchSimulation],
+    tick: datetime,
+    interval: timedelta,
+) -> tuple[pacing.Snapshot, datetime]:
+    """Let what is in flight be sent: the queued now, unless they have ended already, the claimed in the next tick."""
+    ended = queue.ended if queue else {}
+    sent_times = []
+    for batch_id, queue_id in outreach.queued_items:
+        sent_at = ended.get(queue_id.lower(), snapshot.now)
+        if sent_at is None:  # it failed
+            continue
+        sent_times.append(sent_at)
+        if simulation := simulations.get(batch_id):
+            last_sent_at = max(sent_at, simulation.batch.last_sent_at or sent_at)
+            simulation.batch = simulation.batch._replace(last_sent_at=last_sent_at)
+    is_held = pacing.global_hold(snapshot) is not None
+    claimed = [batch_id for batch_id in outreach.claims.elements() if batch_id in simulations and not is_held]
+    for batch_id in claimed:
+        if simulations[batch_id].take(tick):
+            sent_times.append(tick + DEVICE_LATENCY)
+    for simulation in simulations.values():
+        simulation.last = None if simulation.left else tick
+    sent = sorted([*snapshot.sent, *sent_times], reverse=True)
+    return snapshot._replace(sent=sent, claimed_since=None), tick + interval if claimed else tick
+
+
+def estimate(
+    snapshot: pacing.Snapshot, simulations: dict[str, BatchSimulation], tick: datetime, interval: timedelta
+) -> dict[str, timedelta]:
+    """Let each batch end by the limits' rate, which the batches share, and by one item in each tick at most.
+
+    Because the batches are served in turns, one with n items left ends when each of the others has sent n more, or
+    all of its own. Windows and the gap are rounded up to whole ticks, and quiet hours stretch the time. Return what
+    binds, with its length.
+    """
+    hours = snapshot.settings.quiet_hours
+    open_share = 1 - (hours.end - hours.start) % 1440 / 1440 if hours else 1.0
+    rates = {}  # items a second
+    for name, maximum in snapshot.settings.limits.items():
+        is_open_at_night = name == "max_per_day"
+        seconds = _whole_ticks(pacing.WINDOWS[name], interval).total_seconds()
+        rates[name] = maximum / seconds * (1.0 if is_open_at_night else open_share)
+    cadence = max(interval, _whole_ticks(timedelta(seconds=snapshot.settings.min_gap_seconds or 0), interval))
+    before, shared, bottleneck, longest = 0, 0, ONE_PER_TICK, timedelta(0)
+    waiting = sorted((each for each in simulations.values() if each.left), key=lambda each: each.left)
+    for index, simulation in enumerate(waiting):
+        shared += (simulation.left - before) * (len(waiting) - index)
+        before = simulation.left
+        needed = {ONE_PER_TICK: simulation.left * cadence.total_seconds() / open_share}
+        needed |= {name: shared / rate if rate else math.inf for name, rate in rates.items()}
+        bottleneck = max(needed, key=lambda name: needed[name])
+        if snapshot.settings.paused or needed[bottleneck] > timedelta.max.total_seconds() / 2:
+            continue
+        longest = timedelta(seconds=needed[bottleneck])
+        simulation.first, simulation.last = tick, tick + longest
+    return {bottleneck: longest} if waiting else {}
+
+
+def _whole_ticks(length: timedelta, interval: timedelta) -> timedelta:
+    """Return how long after a tick the first tick is at which a result of it has left a window of this length."""
+    return ((length + DEVICE_LATENCY) // interval + 1) * interval if length else timedelta(0)
+
+
+# --- the forecast of one batch ------------------------------------------------------------------------
+
+
+class BatchForecast(msgspec.Struct, rename="camel"):
+    """What sending a batch would do, were it started now. `bottleneck`: what holds it longest, nights aside."""
+
+    batch_id: str
+    status: str
+    pending: int
+    would_send: int
+    would_skip: dict[str, int]
+    would_fail: dict[str, int]
+    first_at: datetime | None
+    last_at: datetime | None
+    is_exact: bool
+    bottleneck: str | None
+    held_seconds: dict[str, int]
+    notes: list[str]
+
+
+def forecast_batch(
+    outreach: OutreachSnapshot, queue: QueueSnapshot | None, interval: timedelta, batch_id: str
+) -> BatchForecast:
+    """Return what sending this batch would do, were it started now."""
+    counts, outcomes = outreach.counts[batch_id], outreach.predicted_outcomes[batch_id]
+    found = BatchForecast(
+        batch_id=batch_id,
+        status=counts.status,
+        pending=counts.pending,
+        would_send=outcomes.count(SENT) + outcomes.count(UNREADABLE),
+        would_skip=+collections.Counter({"no primary handle": outcomes.count(SKIPPED)}),
+        would_fail=+collections.Counter({"invalid handle, or an empty message": outcomes.count(FAILED)}),
+        first_at=None,
+        last_at=None,
+        is_exact=outreach.is_exact,
+        bottleneck=None,
+        held_seconds={},
+        notes=_notes(outreach, queue, interval, outcomes.count(UNREADABLE)),
+    )
+    if outreach.snapshot:
+        simulations, durations = forecast(outreach, queue, interval, batch_id)
+        simulation = simulations[batch_id]
+        holds = {code: length for code, length in durations.items() if code not in (QUIET_HOURS, ONE_PER_TICK)}
+        found.first_at, found.last_at = simulation.first, simulation.last
+        found.bottleneck = max(holds, key=lambda code: holds[code], default=ONE_PER_TICK if outcomes else None)
+        found.held_seconds = {
+            code: int(length.total_seconds()) for code, length in durations.items() if code != ONE_PER_TICK
+        }
+        if outcomes and simulation.last is None:
+            usages = pacing.limit_usage(outreach.snapshot)
+            found.bottleneck = next((usage.limit for usage in usages if usage.maximum == 0), None)
+    return found
+
+
+def _notes(outreach: OutreachSnapshot, queue: QueueSnapshot | None, interval: timedelta, unreadable: int) -> list[str]:
+    """Return what the forecast assumes although it is not so now, and what its owner should correct before."""
+    notes = []
+    if outreach.snapshot is None:
+        return [str(pacing.global_hold(None))]
+    if outreach.snapshot.settings.paused:
+        notes.append("sending is paused: this assumes that it goes on now")
+    if hold := pacing.heartbeat_hold(outreach.snapshot, interval):
+        notes.append(f"{hold.code} ({hold.message}): this assumes that it works from now on")
+    if queue and not queue.devices:
+        notes.append("there is no device: as it is, each message would fail; `python db.py add-device NAME` makes one")
+    if unreadable:
+        notes.append(unreadable_note(unreadable))
+    return notes
+
+
+def unreadable_note(count: int) -> str:
+    """Return the warning about numbers that Messages may not reach."""
+    what = "1 pending item has a number" if count == 1 else f"{count} pending items have numbers"
+    return f"{what} without a country code, which may fail at the device; {handles.UNREADABLE_REMEDY}"

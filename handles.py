@@ -1,0 +1,93 @@
+"""Read phone numbers and e-mail addresses: their shape, how they are written for Messages, one key for each, a mask.
+
+Used by every script that meets a handle; touches no table. Numbers without a `+` are read as DEFAULT_REGION's. Example:
+
+    handles.to_send("(415) 555-0123")  # "+14155550123" with DEFAULT_REGION=US, else None
+"""
+
+import functools
+import os
+import re
+
+import phonenumbers
+
+import service
+
+# The shape that the server asks of a handle.
+HANDLE_PATTERN = re.compile(
+    r"\+?(?:[ ().-]*[0-9]){3,15}|[^@\s\x00-\x1f\x7f]+@[^@\s\x00-\x1f\x7f]+\.[^@\s\x00-\x1f\x7f]+"
+)
+MAX_HANDLE_LENGTH = 254  # characters
+UNREADABLE_REMEDY = "write the number with + and its country code, or set DEFAULT_REGION"
+# Mexico's mobile numbers had a 1 after the country code until 2019, and are still stored with it.
+MEXICAN_MOBILE = re.compile(r"\+521([0-9]{10})")
+# Argentina's have a 9 after the country code when they are called from abroad.
+ARGENTINE_MOBILE = re.compile(r"\+549([0-9]{10})")
+
+
+def is_handle(text: str) -> bool:
+    """Tell whether `text` has the shape of a phone number or an e-mail address."""
+    return len(text) <= MAX_HANDLE_LENGTH and HANDLE_PATTERN.fullmatch(text) is not None
+
+
+def to_send(handle: str) -> str | None:
+    """Return `handle` as Messages needs it: a number in E.164, an e-mail address as it is; None if unreadable.
+
+    A number is readable if its length is possible for its country, area code included. Whether it is assigned is not
+    asked: the library's tables of assigned ranges are older than the numbers.
+    """
+    if "@" in handle:
+        return handle
+    return _e164(handle, default_region())
+
+
+def key(handle: str) -> str:
+    """Return the same key for each way to write one handle, for comparing only.
+
+    E.164 for a number, without the digit that Mexican and Argentine mobile numbers may have; the bare digits of a
+    number that cannot be read; lower case for an e-mail address.
+    """
+    if "@" in handle:
+        return handle.strip().lower()
+    number = _e164(handle, default_region())
+    if number is None:
+        return re.sub("[^0-9+]", "", handle)
+    argentine = ARGENTINE_MOBILE.fullmatch(number)
+    return f"+54{argentine[1]}" if argentine else number
+
+
+def mask_handle(handle: str) -> str:
+    """Return `handle` as a log may show it: `+1415•••71`, `a•••@example.com`."""
+    name, at, domain = handle.partition("@")
+    if at:
+        return f"{name[:1]}•••@{domain}"
+    digits = re.sub("[^0-9]", "", handle)
+    if len(digits) < 11:
+        return f"•••{digits[-2:]}"
+    return f"{'+' if handle.startswith('+') else ''}{digits[:4]}•••{digits[-2:]}"
+
+
+def default_region() -> str | None:
+    """Return DEFAULT_REGION, such as `US`; None when it is not set. Raises service.Misconfigured if it is unknown."""
+    region = (os.environ.get("DEFAULT_REGION") or "").upper() or None
+    if region and region not in phonenumbers.SUPPORTED_REGIONS:
+        raise service.Misconfigured(
+            f"DEFAULT_REGION is {region!r}: set it to a country's two letters, such as US or DE, or remove it"
+        )
+    return region
+
+
+@functools.lru_cache(maxsize=4096)  # a batch asks for the same numbers at each look
+def _e164(number: str, region: str | None) -> str | None:
+    """Return `number` in E.164; None when it cannot be read."""
+    if not HANDLE_PATTERN.fullmatch(number):
+        return None
+    if mexican := MEXICAN_MOBILE.fullmatch(re.sub("[^0-9+]", "", number)):
+        number = f"+52{mexican[1]}"
+    try:
+        parsed = phonenumbers.parse(number, region)
+    except phonenumbers.NumberParseException:
+        return None
+    if phonenumbers.is_possible_number_with_reason(parsed) != phonenumbers.ValidationResult.IS_POSSIBLE:
+        return None  # too short, too long, or without its area code
+    return str(phonenumbers.format_number(parsed, phonenumbers.PhoneNumberFormat.E164))

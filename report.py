@@ -1,0 +1,356 @@
+"""Describe what is happening and why: the verdict, batches with their finish, limits, devices and failures, as data.
+
+Used by status.py; every other view of the product's state asks here too. Reads both databases in read-only sessions and
+writes nothing; the holds are pacing's, the ones that the dispatcher obeys. Example:
+
+    print(report.report(timedelta(seconds=30)).verdict.sentence)
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta, tzinfo
+from typing import Any, NamedTuple, TypeVar
+from zoneinfo import ZoneInfo
+
+import msgspec
+import psycopg2
+from psycopg2 import errors
+
+import db
+import forecast
+import pacing
+
+MAX_FAILURES = 5  # reasons that are listed
+
+T = TypeVar("T")
+
+
+class Failure(msgspec.Struct, rename="camel"):
+    """A reason why items of the last week failed, how many, and when last."""
+
+    reason: str
+    count: int
+    last_at: datetime
+
+
+class Summary(msgspec.Struct, rename="camel"):
+    """The first line. `state`: sending, held, idle or down. `hold`: its code, as in the dispatcher's log."""
+
+    state: str
+    sentence: str
+    hold: str | None = None
+    until: datetime | None = None
+    batch_id: str | None = None
+    needs_operator: bool = False
+    advice: str | None = None
+
+
+class BatchLine(msgspec.Struct, rename="camel"):
+    """A sending batch. `hold`: what holds it, as a phrase. `finish`: None where no time can be told."""
+
+    id: str
+    pending: int
+    queued: int
+    sent: int
+    failed: int
+    skipped: int
+    hold: str | None
+    finish: datetime | None
+    finish_is_exact: bool
+
+
+class DeviceLine(msgspec.Struct, rename="camel"):
+    """A device: messages it has not collected, messages without a result, the oldest of both."""
+
+    id: str
+    name: str
+    last_seen_at: datetime | None
+    waiting: int
+    collected: int
+    oldest_at: datetime | None
+
+
+class LimitLine(msgspec.Struct, rename="camel"):
+    """A limit and, if it is reached, when time alone frees a place."""
+
+    limit: str
+    maximum: int
+    used: int
+    frees_at: datetime | None
+
+
+class Report(msgspec.Struct, rename="camel"):
+    """Everything that is shown. What only an unavailable database knows is None."""
+
+    now: datetime
+    zone: str | None
+    verdict: Summary
+    warnings: list[str]
+    last_tick_at: datetime | None
+    in_flight: int | None
+    batches: list[BatchLine] | None
+    idle_batches: dict[str, int] | None
+    limits: list[LimitLine] | None
+    devices: list[DeviceLine] | None
+    failures: list[Failure] | None
+
+
+# --- reading ------------------------------------------------------------------------------------------
+
+
+class DatabaseProblem(NamedTuple):
+    """What is wrong with a database, and what to do about it."""
+
+    what: str
+    remedy: str
+
+
+class Databases(NamedTuple):
+    """What was read of both databases. `outreach` or `queue` is None where `problems` says why."""
+
+    outreach: forecast.OutreachSnapshot | None
+    queue: forecast.QueueSnapshot | None
+    idle_batches: dict[str, int] | None
+    failures: list[Failure] | None
+    problems: list[DatabaseProblem]
+
+
+def read_databases(batch_id: str | None = None) -> Databases:
+    """Read both databases; with `batch_id`, that batch too, whatever its status."""
+
+    def read_quinn(quinn: Any) -> tuple[forecast.OutreachSnapshot, dict[str, int], list[Failure]]:
+        return forecast.read_outreach(quinn, batch_id), _read_idle_batches(quinn), _read_failures(quinn)
+
+    quinn, quinn_problem = read_database("quinn", read_quinn)
+    outreach, idle_batches, failures = quinn or (None, None, None)
+    queued_items = outreach.queued_items if outreach else []
+    queue, queue_problem = read_database("icloud", lambda icloud: forecast.read_queue(icloud, queued_items))
+    problems = [problem for problem in (quinn_problem, queue_problem) if problem]
+    return Databases(outreach, queue, idle_batches, failures, problems)
+
+
+def read_database(name: db.Part, read: Callable[[Any], T]) -> tuple[T | None, DatabaseProblem | None]:
+    """Return what `read` reads of a database in one read-only snapshot, or why it cannot."""
+    try:
+        with contextlib.closing(db.connect(db.url(name))) as conn:
+            conn.set_session(isolation_level="REPEATABLE READ", readonly=True, autocommit=False)
+            return read(conn), None
+    except (errors.UndefinedTable, errors.UndefinedColumn, errors.InvalidSchemaName) as error:
+        lack = error.diag.message_primary
+        return None, DatabaseProblem(f"database {name} is not complete", f"{lack}; run `python db.py migrate`")
+    except errors.InsufficientPrivilege as error:
+        lack = error.diag.message_primary
+        return None, DatabaseProblem(f"database {name} refuses this role", f"{lack}; GRANT the tables' owner to it")
+    except psycopg2.Error as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        remedy = f"{text}; start PostgreSQL, correct {db.VARIABLES[name]}, or run this as the user sendqueue"
+        return None, DatabaseProblem(f"database {name} cannot be reached", remedy)
+
+
+def _read_idle_batches(quinn: Any) -> dict[str, int]:
+    """Return how many batches wait for their owner, by status."""
+    sql = """
+        SELECT CASE WHEN status = 'sending' THEN 'dry run' ELSE status END, count(*)
+          FROM outreach_batches
+         WHERE status IN ('draft', 'paused') OR (status = 'sending' AND dry_run)
+         GROUP BY 1
+    """
+    return dict(db.query(quinn, sql))
+
+
+def _read_failures(quinn: Any) -> list[Failure]:
+    sql = """
+        SELECT COALESCE(failure_reason, 'no reason given'), count(*), max(updated_at)
+          FROM outreach_batch_items
+         WHERE status = 'failed' AND updated_at > now() - interval '7 days'
+         GROUP BY 1
+         ORDER BY 3 DESC
+         LIMIT %(maximum)s
+    """
+    return [Failure(*row) for row in db.query(quinn, sql, {"maximum": MAX_FAILURES})]
+
+
+# --- the report ---------------------------------------------------------------------------------------
+
+
+def report(interval: timedelta) -> Report:
+    """Read both databases and describe them. `interval`: the dispatcher's, between two ticks."""
+    read = read_databases()
+    outreach, devices = read.outreach, read.queue.devices if read.queue else None
+    snapshot = outreach.snapshot if outreach else None
+    now = outreach.now if outreach else datetime.now(UTC)
+    formatter = LocalTimeFormatter(now, snapshot.settings.quiet_hours_tz if snapshot else None)
+    warnings = _warnings(outreach, devices, now)
+    verdict = summarize_outage(read.problems)
+    if outreach:
+        decision = pacing.decide(snapshot, outreach.waiting, devices, interval)
+        decided = summarize(decision, outreach, interval, formatter)
+        if read.problems:
+            warnings.append(decided.sentence.rstrip("."))
+        else:
+            verdict = decided
+    simulations = forecast.forecast(outreach, read.queue, interval)[0] if outreach and snapshot else {}
+    return Report(
+        now=now,
+        zone=formatter.name,
+        verdict=verdict,
+        warnings=warnings,
+        last_tick_at=snapshot.last_tick if snapshot else None,
+        in_flight=snapshot.in_flight if snapshot else None,
+        batches=[
+            _batch_line(outreach, simulations.get(batch.id), batch, formatter) for batch in outreach.waiting
+        ] if outreach else None,
+        idle_batches=read.idle_batches,
+        limits=[LimitLine(*usage) for usage in pacing.limit_usage(snapshot)] if snapshot else None,
+        devices=[DeviceLine(*device) for device in devices] if devices is not None else None,
+        failures=read.failures,
+    )  # fmt: skip
+
+
+def _batch_line(
+    outreach: forecast.OutreachSnapshot,
+    simulation: forecast.BatchSimulation | None,
+    batch: pacing.Batch,
+    formatter: "LocalTimeFormatter",
+) -> BatchLine:
+    counts, snapshot = outreach.counts[batch.id], outreach.snapshot
+    hold = pacing.global_hold(snapshot)
+    if snapshot and batch.pending and not hold:
+        hold = pacing.batch_gap_hold(snapshot, batch) or pacing.limit_hold(snapshot)
+    return BatchLine(
+        id=batch.id,
+        pending=counts.pending,
+        queued=counts.queued,
+        sent=counts.sent,
+        failed=counts.failed,
+        skipped=counts.skipped,
+        hold=describe_hold(hold, formatter) if hold and batch.pending else None,
+        finish=simulation.last if simulation else None,
+        finish_is_exact=simulation.is_exact if simulation else False,
+    )
+
+
+def _warnings(
+    outreach: forecast.OutreachSnapshot | None, devices: Sequence[pacing.Device] | None, now: datetime
+) -> list[str]:
+    """Return what an operator has to correct although it holds nothing now."""
+    found = []
+    if outreach and outreach.snapshot:
+        settings = outreach.snapshot.settings
+        if (settings.quiet_hours_start or settings.quiet_hours_end) and settings.quiet_hours is None:
+            found.append(
+                f"quiet hours are disabled, because they cannot be read: start={settings.quiet_hours_start!r} "
+                f"end={settings.quiet_hours_end!r} tz={settings.quiet_hours_tz!r}; {pacing.QUIET_HOURS_REMEDY}"
+            )
+    if outreach and (unreadable := "".join(outreach.predicted_outcomes.values()).count(forecast.UNREADABLE)):
+        found.append(forecast.unreadable_note(unreadable))
+    for device in devices or ():
+        if device.is_late(now):
+            count = device.waiting + device.collected
+            messages = f"{count} message{'s' if count > 1 else ''}"
+            found.append(f"device {device.name!r}, {device.seen(now)}, keeps {messages} waiting")
+    if devices is not None and not devices:
+        found.append(pacing.NO_DEVICE)
+    return found
+
+
+# --- sentences ----------------------------------------------------------------------------------------
+
+
+class LocalTimeFormatter:
+    """Write instants as an operator reads them: in the time zone of quiet hours, else this host's."""
+
+    def __init__(self, now: datetime, zone: str | None) -> None:
+        self.now = now
+        self.zone: tzinfo | None = None
+        with contextlib.suppress(ValueError, KeyError, OSError):  # ZoneInfo's, for an unknown name
+            self.zone = ZoneInfo(zone) if zone else None
+        self.name = zone if self.zone else now.astimezone().tzname()
+
+    def at(self, moment: datetime) -> str:
+        """Return `14:32`; with seconds if it is near, with the day if it is another."""
+        local, today = moment.astimezone(self.zone), self.now.astimezone(self.zone)
+        if abs(moment - self.now) < timedelta(minutes=10):
+            return f"{local:%H:%M:%S}"
+        days = (local.date() - today.date()).days
+        return f"{local:%H:%M}" if days == 0 else f"{local:%a %H:%M}" if 0 < days < 7 else f"{local:%Y-%m-%d %H:%M}"
+
+
+# By the beginning of a hold's code: what a person does about it.
+ADVICE = {
+    "paused": "To go on: UPDATE outreach_settings SET paused = false;",
+    "dispatcher not running": "See: systemctl status outreach-dispatcher; journalctl -u outreach-dispatcher -n 30",
+    "sync job fails": "See why: journalctl -u outreach-dispatcher -p err -n 30",
+    "dispatch job fails": "See why: journalctl -u outreach-dispatcher -p err -n 30",
+    "server unavailable": "See: systemctl status 'send-queue-server*'; journalctl -u outreach-dispatcher -n 30",
+    "waiting for device": "Switch the device on, and see that its sender runs and has its token.",
+    "limit reached": "Nothing goes while a limit is 0. For none: UPDATE outreach_settings SET … = NULL;",
+}
+# Where the first word is not "Held".
+BEGINNINGS = {
+    "dispatcher not running": "Dispatcher not running",
+    "sync job fails": "Failing",
+    "dispatch job fails": "Failing",
+    "no device": "Failing",
+}
+
+
+def describe_hold(hold: pacing.Hold, formatter: LocalTimeFormatter) -> str:
+    """Return a hold and when it ends, without a full stop."""
+    message = hold.message or ": ".join(part for part in (hold.code, hold.details) if part)
+    if hold.until is None:
+        return message
+    if hold.code == forecast.QUIET_HOURS:
+        length = pacing.format_duration(hold.until - formatter.now)
+        return f"{message} until {formatter.at(hold.until)} ({formatter.name}), {length}"
+    what = "place" if hold.code.startswith("limit") else "message"
+    return f"{message}; next {what} at {formatter.at(hold.until)}"
+
+
+def summarize(
+    decision: pacing.Decision, outreach: forecast.OutreachSnapshot, interval: timedelta, formatter: LocalTimeFormatter
+) -> Summary:
+    """Return a decision as the first line."""
+    if decision is None:
+        return Summary("idle", "Nothing to send.")
+    if isinstance(decision, pacing.Batch):
+        last_tick = outreach.snapshot.last_tick if outreach.snapshot else None
+        due = last_tick + interval - formatter.now if last_tick else timedelta(0)
+        when = f"in about {pacing.format_duration(due)}" if due > timedelta(0) else "at any moment"
+        sentence = f"Sending: next item of batch {decision.id[:8]}… {when}."
+        return Summary("sending", sentence, batch_id=decision.id, advice=_pace_advice(outreach, interval))
+    beginning = BEGINNINGS.get(decision.code, "Held")
+    advice = next((text for code, text in ADVICE.items() if decision.code.startswith(code)), None)
+    return Summary(
+        "held",
+        f"{beginning}: {describe_hold(decision, formatter)}.",
+        hold=decision.code,
+        until=decision.until,
+        needs_operator=decision.needs_operator,
+        advice=advice if decision.needs_operator else None,
+    )
+
+
+def _pace_advice(outreach: forecast.OutreachSnapshot, interval: timedelta) -> str | None:
+    """Return why fewer messages go than max_per_minute allows: each batch sends one in each tick."""
+    maximum = outreach.snapshot.settings.max_per_minute if outreach.snapshot else None
+    pending = [batch for batch in outreach.waiting if batch.pending]
+    a_minute = len(pending) * timedelta(minutes=1) / interval
+    if maximum is None or a_minute >= maximum or max(outreach.counts[batch.id].pending for batch in pending) < 2:
+        return None
+    batches = "1 batch sends" if len(pending) == 1 else f"{len(pending)} batches send"
+    return (
+        f"{batches} at most {a_minute:.3g} a minute, one message of a batch in each tick; max_per_minute allows "
+        f"{maximum}. To send faster, make several smaller batches."
+    )
+
+
+def summarize_outage(problems: Sequence[DatabaseProblem]) -> Summary:
+    """Return the first line when a database is unavailable."""
+    return Summary(
+        "down",
+        f"Held: {'; '.join(problem.what for problem in problems)}.",
+        hold="database down",
+        needs_operator=True,
+        advice="\n".join(problem.remedy for problem in problems),
+    )

@@ -1,0 +1,76 @@
+"""What a handle is, how it is written for Messages, one key for each, and what a log shows of it."""
+
+import pytest
+
+import handles
+import service
+
+
+@pytest.fixture(autouse=True)
+def no_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DEFAULT_REGION", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("handle", "region", "written"),
+    [
+        ("+1 (415) 555-0123", None, "+14155550123"),
+        ("(415) 555-0123", "US", "+14155550123"),
+        ("415.555.0123", "us", "+14155550123"),
+        ("0170 1234567", "DE", "+491701234567"),
+        ("0049 170 1234567", "DE", "+491701234567"),
+        ("+49 170 1234567", "US", "+491701234567"),
+        ("+800 12345678", None, "+80012345678"),
+        ("+52 1 55 1234 5678", None, "+525512345678"),
+        ("+54 9 11 1234-5678", None, "+5491112345678"),
+        ("Jane@Example.com", None, "Jane@Example.com"),
+        ("+1 555 0123", None, None),
+        ("0170 1234567", None, None),
+        ("911", "US", None),
+        ("+99912345678", None, None),
+        ("call me", "US", None),
+        ("1-800-FLOWERS", "US", None),
+    ],
+)
+def test_a_number_is_sent_in_e164(
+    monkeypatch: pytest.MonkeyPatch, handle: str, region: str | None, written: str | None
+) -> None:
+    if region:
+        monkeypatch.setenv("DEFAULT_REGION", region)
+    assert handles.to_send(handle) == written
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        ("+14155550123", "(415) 555-0123", "1 415 555 0123", "415-555-0123"),
+        ("+525512345678", "+52 1 55 1234 5678", "+5215512345678"),
+        ("+541112345678", "+54 9 11 1234 5678"),
+        ("Jane@Example.com", "jane@example.COM"),
+    ],
+)
+def test_each_way_to_write_a_handle_has_one_key(monkeypatch: pytest.MonkeyPatch, ways: tuple[str, ...]) -> None:
+    monkeypatch.setenv("DEFAULT_REGION", "US")
+    assert len({handles.key(way) for way in ways}) == 1
+
+
+def test_an_unreadable_number_has_its_digits_as_key() -> None:
+    assert handles.key("0170 123-4567") == handles.key("(0170) 1234567") == "01701234567"
+
+
+def test_an_unknown_region_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEFAULT_REGION", "UK")
+    with pytest.raises(service.Misconfigured, match="DEFAULT_REGION is 'UK': set it to a country's two letters"):
+        handles.default_region()
+
+
+@pytest.mark.parametrize(
+    ("handle", "shown"),
+    [
+        ("+14155552671", "+1415•••71"), ("14155552671", "1415•••71"), ("+491701234567", "+4917•••67"),
+        ("jane.doe@example.com", "j•••@example.com"), ("@example.com", "•••@example.com"),
+        ("5550100123", "•••23"), ("(415) 555-0123", "•••23"), ("911", "•••11"), ("", "•••"),
+    ],
+)  # fmt: skip
+def test_a_log_shows_part_of_a_handle(handle: str, shown: str) -> None:
+    assert handles.mask_handle(handle) == shown
