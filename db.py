@@ -7,14 +7,17 @@ icloud.devices in add-device, and every table of schema.sql in migrate. Example:
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import importlib
+import logging
 import os
 import re
 import secrets
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +25,7 @@ from typing import Any, Literal, cast
 
 import psycopg2
 import psycopg2.extensions
+from psycopg2 import errors
 
 import service
 
@@ -52,7 +56,20 @@ DEFAULTS = {
 # the system around the server (58), and a standby or a primary that is being replaced (25006).
 UNAVAILABLE = ("08", "25006", "40", "53", "55P03", "57", "58")
 PARAMETER = re.compile(r"%\((\w+)\)s")
+
+# How migrate waits for a lock. All who use the table queue up behind it: their requests give up after 2 s. And
+# PostgreSQL stops an autovacuum that is in the way after 1 s (deadlock_timeout), and not before.
+LOCK_TIMEOUT = 1200  # milliseconds
+LOCK_TRIES = 30
+LOCK_PAUSE = 1.0  # seconds, for those who queued up
+BUILD_LOCK_TIMEOUT = 600_000  # milliseconds; nobody queues up behind CREATE INDEX CONCURRENTLY
+# The statements of schema.sql, and those of them that migrate may leave out.
+STATEMENT = re.compile(r"(?:--[^\n]*|'[^']*'|\$\$.*?\$\$|[^;])++;", re.DOTALL)
+ADD_COLUMN = re.compile(r"^ALTER TABLE (\S+)\s+ADD COLUMN IF NOT EXISTS (\w+)", re.MULTILINE)
+CREATE_INDEX = re.compile(r"^CREATE (?:UNIQUE )?INDEX IF NOT EXISTS (\w+)\s+ON (\S+)", re.MULTILINE)
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")  # what PostgreSQL's UTF-8 text cannot hold
+
+logger = logging.getLogger(__name__)
 
 
 class Unavailable(Exception):
@@ -194,36 +211,148 @@ def _sorted(error: psycopg2.Error) -> Exception:
 
 
 def migrate(address: str, part: Part) -> list[str]:
-    """Apply `part` of schema.sql to a database in one transaction; return what it made, a phrase each.
+    """Apply `part` of schema.sql to a database that may be in use; return what it made, a phrase each.
 
-    Raises psycopg2.Error, with nothing applied; its message names a table and column where the platform's
-    own table lacks one.
+    Each statement is a transaction of its own, in the file's order: no lock outlasts a statement, and after an
+    error everything before it stays. Raises psycopg2.Error; its message names a table and column where the
+    platform's own table lacks one, in which case nothing is changed.
     """
     parts = dict(section.split(" ", 1) for section in (HERE / "schema.sql").read_text().split("-- part: ")[1:])
-    catalogue = """
-        SELECT relkind::text, relname::text, attname::text
-          FROM pg_class LEFT JOIN pg_attribute ON attrelid = pg_class.oid AND relkind = 'r' AND attnum > 0
-         WHERE relkind IN ('r', 'i') AND relname !~ '_pkey$'
-           AND relnamespace IN (to_regnamespace('icloud'), to_regnamespace(current_schema()))
-    """
     conn = connect(address)
     try:
-        conn.autocommit = False
-        query(conn, "SET LOCAL statement_timeout = 0")  # an index over a long history takes its time
-        # Two scripts may start on a fresh embedded database at the same moment.
-        query(conn, "SELECT pg_advisory_xact_lock(hashtext('schema.sql'))")
-        before = set(query(conn, catalogue))
-        query(conn, parts[part])
-        made = set(query(conn, catalogue)) - before
-        conn.commit()
+        query(conn, "SET statement_timeout = 0")  # an index over a long history takes its time
+        query(conn, f"SET lock_timeout = {LOCK_TIMEOUT}")
+        _wait_for_other_migrations(conn)
+        before = _catalogue(conn)
+        for statement in STATEMENT.findall(parts[part]):
+            _apply(conn, statement, before)
+        made = _catalogue(conn) - before
     finally:
         conn.close()
-    old_tables = {name for _, name, _ in before}
-    return sorted(
-        {
-            f"index {name}" if kind == "i" else f"column {name}.{column}" if name in old_tables else f"table {name}"
-            for kind, name, column in made
-        }
+    phrases = set()
+    for kind, table, name in made:
+        short = table.removeprefix("icloud.")
+        is_new = ("table", table, "") not in before
+        phrases.add(f"index {name}" if kind == "index" else f"table {short}" if is_new else f"column {short}.{name}")
+    return sorted(phrases)
+
+
+def _catalogue(conn: psycopg2.extensions.connection) -> set[Row]:
+    """(kind, table, name) of each table (its name is empty), column and valid index, tables named as in schema.sql."""
+    sql = """
+        WITH found AS (
+            SELECT pg_class.oid, CASE nspname WHEN 'icloud' THEN 'icloud.' ELSE '' END || relname AS name
+              FROM pg_class
+              JOIN pg_namespace ON pg_namespace.oid = relnamespace
+             WHERE relkind = 'r' AND nspname IN ('icloud', current_schema())
+        )
+        SELECT 'table', name, ''
+          FROM found
+        UNION ALL
+        SELECT 'column', name, attname
+          FROM found
+          JOIN pg_attribute ON attrelid = found.oid AND attnum > 0
+        UNION ALL
+        SELECT 'index', name, relname
+          FROM found
+          JOIN pg_index ON indrelid = found.oid AND indisvalid AND NOT indisprimary
+          JOIN pg_class ON pg_class.oid = indexrelid
+    """
+    return set(query(conn, sql))
+
+
+def _wait_for_other_migrations(conn: psycopg2.extensions.connection) -> None:
+    """Take the lock of migrations, which goes with the connection: several scripts may start at the same moment.
+
+    It is asked for again and again. A statement that waited for it would keep a snapshot, and the other
+    migration's CREATE INDEX CONCURRENTLY waits for every older snapshot: a deadlock.
+    """
+    sql = "SELECT pg_try_advisory_lock(hashtext('schema.sql'))"
+    while not query(conn, sql)[0][0]:
+        time.sleep(0.1)
+
+
+def _apply(conn: psycopg2.extensions.connection, statement: str, before: set[Row]) -> None:
+    """Run a statement of schema.sql, unless the column or the index that it makes is there.
+
+    Then it would change nothing, and yet wait for a lock that holds up everybody else who uses the table.
+    """
+    if column := ADD_COLUMN.search(statement):
+        table, name = column.groups()
+        if ("column", table, name) not in before:
+            _run_when_unlocked(conn, statement, table)
+    elif index := CREATE_INDEX.search(statement):
+        name, table = index.groups()
+        if ("table", table, "") not in before:
+            _run_when_unlocked(conn, statement, table)
+        elif ("index", table, name) not in before:
+            _build_concurrently(conn, statement, table, name)
+    else:
+        _run_when_unlocked(conn, statement, None)
+
+
+def _run_when_unlocked(conn: psycopg2.extensions.connection, statement: str, table: str | None) -> None:
+    """Run a statement as soon as the locks that it needs are free, in short tries: others queue up behind a wait."""
+    for _ in range(LOCK_TRIES):
+        try:
+            query(conn, statement)
+        except (errors.LockNotAvailable, errors.DeadlockDetected):
+            time.sleep(LOCK_PAUSE)
+        else:
+            return
+    raise errors.LockNotAvailable(_lock_advice(conn, table, statement))
+
+
+def _build_concurrently(conn: psycopg2.extensions.connection, statement: str, table: str, name: str) -> None:
+    """Build an index while its table is in use, in place of what an interrupted build left behind."""
+    logger.warning("building an index, while its table stays in use: index=%s table=%s", name, table)
+    query(conn, f"SET lock_timeout = {BUILD_LOCK_TIMEOUT}")
+    try:
+        _drop_invalid(conn, table, name)
+        query(conn, statement.replace(" INDEX ", " INDEX CONCURRENTLY ", 1))
+    except psycopg2.Error as error:
+        advice = _lock_advice(conn, table, statement) if isinstance(error, errors.LockNotAvailable) else ""
+        with contextlib.suppress(psycopg2.Error):  # else the next migration drops it
+            query(conn, f"SET lock_timeout = {LOCK_TIMEOUT}")
+            _drop_invalid(conn, table, name)
+        if advice:
+            raise errors.LockNotAvailable(advice) from error
+        raise
+    query(conn, f"SET lock_timeout = {LOCK_TIMEOUT}")
+
+
+def _drop_invalid(conn: psycopg2.extensions.connection, table: str, name: str) -> None:
+    """Drop an index whose build did not end: no query uses it, and every write maintains it."""
+    sql = """
+        SELECT indexrelid::regclass::text
+          FROM pg_index
+          JOIN pg_class ON pg_class.oid = indexrelid
+         WHERE indrelid = to_regclass(%(table)s) AND relname = %(name)s AND NOT indisvalid
+    """
+    for (index,) in query(conn, sql, {"table": table, "name": name}):
+        query(conn, f"DROP INDEX CONCURRENTLY {index}")
+
+
+def _lock_advice(conn: psycopg2.extensions.connection, table: str | None, statement: str) -> str:
+    """Name the process that is most likely in the way: one that locks the table, and the one that did so first."""
+    sql = """
+        SELECT pg_locks.pid, concat_ws(' ', usename, NULLIF(application_name, ''), state)
+          FROM pg_locks
+          JOIN pg_database ON pg_database.oid = pg_locks.database
+          LEFT JOIN pg_stat_activity AS activity ON activity.pid = pg_locks.pid
+         WHERE pg_database.datname = current_database() AND locktype = 'relation' AND granted
+           AND pg_locks.pid <> pg_backend_pid()
+         ORDER BY relation = to_regclass(%(table)s) DESC NULLS LAST, xact_start NULLS FIRST
+         LIMIT 1
+    """
+    rows = query(conn, sql, {"table": table})
+    what = " ".join(re.sub("--.*", "", statement).split())[:60]
+    if not rows:
+        return f"a transaction keeps this from being done: {what} ...; run it again when that has ended"
+    pid, description = rows[0]
+    return (
+        f"process {pid} ({description}) keeps this from being done: {what} ...; let its transaction end, or end it "
+        f"with SELECT pg_terminate_backend({pid}), then run this again. What is done so far stays."
     )
 
 

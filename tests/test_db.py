@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import psycopg2
 import pytest
 import requests
-from conftest import ROOT, Databases, World, numbers, on_database, until
+from conftest import ROOT, Databases, Script, World, numbers, on_database, until
 
 import db
 import dispatcher
@@ -239,6 +240,205 @@ def test_an_illegal_state_is_impossible(world: World) -> None:
     for constraint, sql in ILLEGAL.items():
         with pytest.raises(psycopg2.errors.CheckViolation, match=constraint):
             (world.icloud if "icloud" in sql else world.quinn)(sql)
+
+
+# --- migrate, while the system runs -------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def in_use(conn: Any, table: str, mode: str) -> Iterator[None]:
+    """A transaction that locks a table."""
+    db.query(conn, "BEGIN")
+    try:
+        db.query(conn, f"LOCK TABLE {table} IN {mode} MODE")
+        yield
+    finally:
+        db.query(conn, "COMMIT")
+
+
+def waits_for_a_lock(conn: Any, url: str) -> bool:
+    """Whether a session of the database at `url` waits for a lock, seen from another one."""
+    sql = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = %(name)s AND wait_event_type = 'Lock')"
+    return bool(db.query(conn, sql, {"name": psycopg2.extensions.parse_dsn(url)["dbname"]})[0][0])
+
+
+def test_every_statement_of_the_schema_is_one_that_migrate_can_judge() -> None:
+    schema = (ROOT / "schema.sql").read_text()
+    statements = db.STATEMENT.findall(schema)
+    assert re.sub(r"--.*|\s", "", "".join(statements)) == re.sub(r"--.*|\s", "", schema)
+    for statement in statements:
+        sql = re.sub("--.*", "", statement).strip()
+        if sql.startswith("ALTER"):
+            assert len(db.ADD_COLUMN.findall(statement)) == 1 == sql.count("ADD ")
+        elif re.match("CREATE (UNIQUE )?INDEX", sql):
+            assert len(db.CREATE_INDEX.findall(statement)) == 1
+        else:
+            assert re.match("DO|CREATE SCHEMA IF NOT EXISTS|CREATE TABLE IF NOT EXISTS|INSERT", sql)
+
+
+@pytest.mark.parametrize(("part", "table"), [("icloud", "icloud.send_queue"), ("quinn", "outreach_batch_items")])
+def test_a_migration_with_nothing_to_do_asks_for_no_lock(databases: Databases, part: db.Part, table: str) -> None:
+    conn, url = (databases.icloud, databases.icloud_url) if part == "icloud" else (databases.quinn, databases.quinn_url)
+    with in_use(conn, table, "ACCESS EXCLUSIVE"):
+        assert db.migrate(url, part) == []
+
+
+def test_polls_are_answered_while_a_million_messages_are_migrated(world: World, server: tuple[Script, str]) -> None:
+    messages = """
+        INSERT INTO icloud.send_queue (id, device_id, to_handle, body, status, sent_at, batch_item_id)
+        SELECT lpad(to_hex(n), 32, '0')::uuid, %(device)s, '+14155550123', 'Hi', 'sent', now(), md5(n::text)::uuid
+          FROM generate_series(1, 1000000) AS n
+    """
+    device = world.device(token="mini")
+    world.icloud("ALTER TABLE icloud.send_queue DROP COLUMN withdrawn_at")
+    world.icloud("DROP INDEX icloud.send_queue_batch_item, icloud.send_queue_ended")
+    # For the sake of the test's time: neither a log, nor a look for the device at each row.
+    world.icloud("ALTER TABLE icloud.send_queue SET UNLOGGED")
+    world.icloud("SET session_replication_role = replica")
+    world.icloud(messages, device=device)
+    polls: list[tuple[int, float]] = []
+    with ThreadPoolExecutor(1) as threads, requests.Session() as mac:
+        mac.headers["Authorization"] = "Bearer mini"
+        start = time.monotonic()
+        migration = threads.submit(db.migrate, world.databases.icloud_url, "icloud")
+        while not migration.done():
+            begin = time.monotonic()
+            response = mac.get(f"{server[1]}/client/imessage/send-queue/pending", timeout=30)
+            polls.append((response.status_code, time.monotonic() - begin))
+    made = ["column send_queue.withdrawn_at", "index send_queue_batch_item", "index send_queue_ended"]
+    assert migration.result() == made
+    assert {status for status, _ in polls} == {200}
+    longest = max(seconds for _, seconds in polls)
+    assert longest < 2
+    assert longest < (time.monotonic() - start) / 2, "a poll waited for the migration"
+
+
+VALID = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass('icloud.send_queue_ended')"
+
+
+def test_a_migration_lets_others_pass_while_it_waits_for_a_lock(
+    databases: Databases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "LOCK_TIMEOUT", 300)
+    monkeypatch.setattr(db, "LOCK_PAUSE", 0.1)
+    db.query(databases.icloud, "ALTER TABLE icloud.send_queue DROP COLUMN valid_until")
+    with ThreadPoolExecutor(1) as threads:
+        with in_use(databases.icloud, "icloud.send_queue", "ROW EXCLUSIVE"):
+            migration = threads.submit(db.migrate, databases.icloud_url, "icloud")
+            for _ in range(3):
+                until(lambda: waits_for_a_lock(databases.quinn, databases.icloud_url))
+                run_sql(databases.icloud_url, "SELECT count(*) FROM icloud.send_queue")  # behind it, for less than 2 s
+            assert not migration.done()
+        assert migration.result() == ["column send_queue.valid_until"]
+
+
+def test_a_migration_that_gets_no_lock_names_who_is_in_the_way(
+    databases: Databases, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"LOCK_TIMEOUT": 50, "LOCK_PAUSE": 0, "LOCK_TRIES": 2, "BUILD_LOCK_TIMEOUT": 50}.items():
+        monkeypatch.setattr(db, name, value)
+    [(pid,)] = db.query(databases.icloud, "SELECT pg_backend_pid()")
+    db.query(databases.icloud, "SET application_name = 'report'")
+    damages = ("ALTER TABLE icloud.send_queue DROP COLUMN valid_until", "DROP INDEX icloud.send_queue_ended")
+    for damage in damages:
+        db.query(databases.icloud, damage)
+        with in_use(databases.icloud, "icloud.send_queue", "ROW EXCLUSIVE"):
+            assert db.main(["migrate"]) == 1
+        said = capsys.readouterr().err
+        assert f"process {pid} (postgres report idle in transaction) keeps this from being done: " in said
+        assert f"end it with SELECT pg_terminate_backend({pid}), then run this again." in said
+        assert db.main(["migrate"]) == 0
+    assert db.query(databases.icloud, VALID) == [(True,)]
+
+
+def test_what_an_interrupted_build_left_behind_is_replaced(databases: Databases) -> None:
+    db.query(databases.icloud, "DROP INDEX icloud.send_queue_ended")
+    kill = """
+        SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+         WHERE query LIKE '%INDEX CONCURRENTLY%send_queue_ended%' AND pid <> pg_backend_pid()
+    """
+    with ThreadPoolExecutor(1) as threads, in_use(databases.icloud, "icloud.send_queue", "ROW EXCLUSIVE"):
+        migration = threads.submit(db.migrate, databases.icloud_url, "icloud")
+        until(lambda: waits_for_a_lock(databases.quinn, databases.icloud_url))
+        db.query(databases.quinn, kill)
+        with pytest.raises(psycopg2.OperationalError, match="terminat"):
+            migration.result()
+    assert db.query(databases.icloud, VALID) == [(False,)]
+    assert db.migrate(databases.icloud_url, "icloud") == ["index send_queue_ended"]
+    assert db.query(databases.icloud, VALID) == [(True,)]
+
+
+def test_an_index_that_cannot_be_built_is_not_left_half_built(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.icloud("DROP INDEX icloud.devices_token")
+    for _ in range(2):
+        world.device(token="the same")
+    assert db.main(["migrate"]) == 1
+    assert 'could not create unique index "devices_token"' in capsys.readouterr().err
+    assert world.icloud("SELECT to_regclass('icloud.devices_token')") == [(None,)]
+
+
+def test_two_migrations_at_once_build_an_index_once(databases: Databases) -> None:
+    db.query(databases.icloud, "DROP INDEX icloud.send_queue_ended, icloud.send_queue_waiting")
+    with ThreadPoolExecutor(4) as threads:
+        made = list(threads.map(lambda _: db.migrate(databases.icloud_url, "icloud"), range(4)))
+    assert sorted(made) == [[], [], [], ["index send_queue_ended", "index send_queue_waiting"]]
+
+
+# Of each column: its type, whether it may be NULL, its default; and each index, by its definition.
+SHAPE = """
+    SELECT attrelid::regclass::text, attname, format_type(atttypid, atttypmod), attnotnull,
+           pg_get_expr(adbin, adrelid)
+      FROM pg_attribute
+      JOIN pg_class ON pg_class.oid = attrelid AND relkind = 'r'
+      LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
+     WHERE relnamespace::regnamespace::text IN ('icloud', 'public') AND attnum > 0
+    UNION ALL
+    SELECT indrelid::regclass::text, pg_get_indexdef(indexrelid), '', indisvalid, ''
+      FROM pg_index
+      JOIN pg_class ON pg_class.oid = indrelid
+     WHERE relnamespace::regnamespace::text IN ('icloud', 'public')
+"""
+HISTORY = """
+    INSERT INTO icloud.devices (name, token) VALUES ('mini', 'mini');
+    INSERT INTO icloud.send_queue (device_id, to_handle, body, status, sent_at, collected_at, batch_item_id)
+    SELECT id, '+14155550123', 'Old', 'sent', '2026-01-02', '2026-01-02', gen_random_uuid() FROM icloud.devices;
+    INSERT INTO clients (name) VALUES ('somebody');
+    INSERT INTO contact_relationships SELECT id, '+14155550123', true FROM clients;
+    INSERT INTO outreach_batches (template, status) VALUES ('Old', 'sent'), ('New', 'sending');
+    INSERT INTO outreach_batch_items (batch_id, client_id, rendered_body, status, sent_at, send_queue_id, device_id, id)
+    SELECT batch.id, clients.id, body, 'sent', message.sent_at, message.id, device_id, batch_item_id
+      FROM outreach_batches AS batch, clients, icloud.send_queue AS message WHERE template = 'Old';
+    INSERT INTO outreach_batch_items (batch_id, client_id, rendered_body)
+    SELECT batch.id, clients.id, 'New' FROM outreach_batches AS batch, clients WHERE template = 'New';
+    UPDATE outreach_settings SET quiet_hours_start = NULL, quiet_hours_end = NULL, max_per_hour = 17;
+"""
+
+
+def test_a_database_of_the_first_version_becomes_one_of_this_version_with_its_history(
+    databases: Databases, empty: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_sql(empty, (ROOT / "tests" / "schemas" / "first.sql").read_text())
+    run_sql(empty, HISTORY)
+    history = "SELECT body, status, sent_at, batch_item_id FROM icloud.send_queue"
+    before = run_sql(empty, history)
+    assert db.main(["migrate"]) == 0
+    capsys.readouterr()
+    assert db.main(["migrate"]) == 0
+    assert capsys.readouterr().out == "icloud: nothing to do\nquinn: nothing to do\n"
+    fresh = sorted(run_sql(databases.icloud_url, SHAPE) + run_sql(databases.quinn_url, SHAPE), key=repr)
+    assert sorted(run_sql(empty, SHAPE), key=repr) == fresh
+    assert run_sql(empty, history) == before
+    assert run_sql(empty, "SELECT max_per_hour, max_per_minute FROM outreach_settings") == [(17, 2)]
+
+    class Recorder(dispatcher.MacSync):
+        def enqueue(self, item: dispatcher.Item, *_: Any) -> str:
+            assert item.body == "New"
+            return "550e8400-e29b-41d4-a716-446655440000"
+
+    recorder = Recorder("http://mac-sync.test", "")
+    assert dispatcher.run("sync", dispatcher.sync) is not None
+    tally = dispatcher.run("dispatch", lambda quinn, icloud: dispatcher.dispatch(quinn, icloud, recorder))
+    assert tally == {"skipped": 0, "queued": 1}
 
 
 # --- devices ------------------------------------------------------------------------------------------
