@@ -55,6 +55,10 @@ DEFAULTS = {
 # back by a conflict (40), resources (53), a lock not had in time (55P03), an operator's intervention (57),
 # the system around the server (58), and a standby or a primary that is being replaced (25006).
 UNAVAILABLE = ("08", "25006", "40", "53", "55P03", "57", "58")
+# SQLSTATEs of an EXECUTE whose statement has to be prepared again: the type of a result's column changed ("cached plan
+# must not change result type"), it is not prepared in this session, or it is already (42P05), or a parameter's type
+# does not fit its column any more (42883, 42804). Nothing has been changed then.
+STALE_PREPARED = ("0A000", "26000", "42")
 PARAMETER = re.compile(r"%\((\w+)\)s")
 
 # How migrate waits for a lock. All who use the table queue up behind it: their requests give up after 2 s. And
@@ -154,7 +158,8 @@ class Database(threading.local):
     """A connection for each thread, opened when first needed and replaced when it is found dead.
 
     A statement that found its connection dead is run once more on a new one, at once: that is what heals a
-    restarted database without an error. So it is only for statements that may run twice.
+    restarted database without an error. So it is only for statements that may run twice. One that
+    was prepared before a table changed is prepared again.
     """
 
     def __init__(self, address: str) -> None:
@@ -168,11 +173,15 @@ class Database(threading.local):
             try:
                 return self._execute(self.conn, sql, params)
             except psycopg2.Error as error:
-                if not self.conn.closed:
+                if self.conn.closed:
+                    self.conn = None
+                elif not (error.pgcode or "").startswith(STALE_PREPARED):
                     raise _sorted(error) from error
         try:
-            self.conn = None  # still None when connect() fails
-            self.conn = connect(self.address)
+            if self.conn is None:
+                self.conn = connect(self.address)
+            else:
+                query(self.conn, "DEALLOCATE ALL")
             self.prepared = set()
             return self._execute(self.conn, sql, params)
         except psycopg2.Error as error:

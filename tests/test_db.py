@@ -548,6 +548,54 @@ def test_each_thread_has_its_own_connection(databases: Databases) -> None:
     assert database.query("SELECT pg_backend_pid()") == own
 
 
+def test_a_request_is_answered_after_a_column_s_type_has_changed(world: World, base_url: str) -> None:
+    device = world.device(token="mini")
+    message = "INSERT INTO icloud.send_queue (device_id, to_handle, body) VALUES (%(id)s, '+14155550123', 'Hi')"
+    world.icloud(message, id=device)
+    with requests.Session() as mac:
+        mac.headers["Authorization"] = "Bearer mini"
+        for change in (
+            "SELECT 1",
+            "ALTER TABLE icloud.send_queue ALTER COLUMN to_handle TYPE VARCHAR(300)",
+            "ALTER TABLE icloud.send_queue ALTER COLUMN created_at TYPE TIMESTAMP",
+        ):
+            world.icloud(change)
+            for _ in range(8):  # by each of the server's threads
+                response = mac.get(f"{base_url}/client/imessage/send-queue/pending", timeout=5)
+                assert response.status_code == 200, change
+                assert len(response.json()["data"]["items"]) == 1
+
+
+# What comes between a statement's first run and its second, and the error of an EXECUTE that is not prepared again.
+BETWEEN = {
+    "ALTER TABLE thing ALTER COLUMN name TYPE VARCHAR(80)": "0A000",  # a result's type
+    "ALTER TABLE thing ALTER COLUMN key TYPE TEXT": "42883",  # a parameter's type
+    "DEALLOCATE ALL": "26000",
+    "": "42P05",
+}
+
+
+@pytest.mark.parametrize("change", BETWEEN)
+def test_a_statement_whose_prepared_form_is_out_of_date_is_prepared_again(empty: str, change: str) -> None:
+    run_sql(empty, "CREATE TABLE thing (key UUID, name TEXT); INSERT INTO thing VALUES (gen_random_uuid(), 'it')")
+    [(key,)] = run_sql(empty, "SELECT key::text FROM thing")
+    sql, params = "SELECT name FROM thing WHERE key = %(key)s", {"key": key}
+    database = db.Database(empty)
+    assert database.query(sql, params) == [("it",)]
+    [(pid,)] = database.query("SELECT pg_backend_pid()")
+    if change:
+        database.query(change)
+    else:
+        database.prepared.clear()
+    assert database.conn
+    with pytest.raises(psycopg2.Error) as refusal:
+        database._execute(database.conn, sql, params)
+    assert refusal.value.pgcode == BETWEEN[change]
+    for _ in range(2):
+        assert database.query(sql, params) == [("it",)]
+    assert database.query("SELECT pg_backend_pid()") == [(pid,)], "on the same connection"
+
+
 def test_an_address_may_set_what_a_connection_asks_for(databases: Databases) -> None:
     with contextlib.closing(db.connect(f"{databases.icloud_url} options='-c statement_timeout=7s'")) as conn:
         assert db.query(conn, "SHOW statement_timeout") == [("7s",)]
