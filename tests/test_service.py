@@ -73,19 +73,36 @@ def test_the_environment_wins_over_the_file_beside_the_scripts(tmp_path: Path) -
     assert done.stdout == "ERROR http://file\n"
 
 
-def test_lines_for_the_journal_begin_with_their_priority(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], logs: None
-) -> None:
-    monkeypatch.setenv("JOURNAL_STREAM", "8:12345")
-    monkeypatch.setenv("LOG_LEVEL", "debug")
-    service.set_up_logging()
-    for level in (logging.CRITICAL, logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG):
-        logging.getLogger("any").log(level, "event key=%d", level)
-    logging.getLogger("any").error("two\nlines")
-    assert capsys.readouterr().err.splitlines() == [
+LOG = """
+import logging, os, service
+where = os.fstat(2)
+os.environ["JOURNAL_STREAM"] = os.environ["JOURNAL_STREAM"].format(device=where.st_dev, inode=where.st_ino)
+service.set_up_logging()
+for level in (logging.CRITICAL, logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG):
+    logging.getLogger("any").log(level, "event key=%d", level)
+logging.getLogger("any").error("two\\nlines")
+"""
+
+
+def logged(journal_stream: str) -> list[str]:
+    """What a process logs whose JOURNAL_STREAM is this, with its stderr's `{device}` and `{inode}`."""
+    environment = {**os.environ, "JOURNAL_STREAM": journal_stream, "LOG_LEVEL": "debug"}
+    done = subprocess.run(
+        [sys.executable, "-c", LOG], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stderr.splitlines()
+
+
+def test_lines_for_the_journal_begin_with_their_priority() -> None:
+    assert logged("{device}:{inode}") == [
         "<3>event key=50", "<3>event key=40", "<4>event key=30", "<6>event key=20", "<7>event key=10",
         "<3>two", "<3>lines",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("other", ["{device}:1", "1:{inode}", "8:12345", "{device}:{inode}0", "", "nonsense"])
+def test_a_journal_stream_that_is_not_stderr_s_is_another_program_s(other: str) -> None:
+    assert not [line for line in logged(other) if line.startswith("<")]
 
 
 def test_lines_for_a_terminal_begin_with_time_and_level(
