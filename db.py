@@ -7,10 +7,12 @@ icloud.devices in add-device, and every table of schema.sql in migrate. Example:
 """
 
 import argparse
+import atexit
 import contextlib
 import functools
 import hashlib
 import importlib
+import json
 import logging
 import os
 import re
@@ -130,10 +132,30 @@ def embedded(data: Path) -> str:
         # The wheel quotes the directory neither for the server nor in the URL.
         raise service.Misconfigured(f"the embedded PostgreSQL cannot work in {str(data)!r}: use a path without spaces")
     os.environ["LC_ALL"] = "C"  # its initdb fails under a locale that this host does not have
-    address = cast(str, pgserver.get_server(data).get_uri())
+    server = pgserver.get_server(data, start=False)
+    _forget_killed_users(server)
+    server.start()
+    # Exit handlers run in reverse order: before the wheel's, which stops the server if nobody else uses it.
+    atexit.register(_forget_killed_users, server)
+    address = cast(str, server.get_uri())
     for part in VARIABLES:
         migrate(address, part)
     return address
+
+
+def _forget_killed_users(server: Any) -> None:
+    """Strike killed processes from the wheel's list of those that use a server: for them, it would run for ever."""
+    psutil = importlib.import_module("psutil")  # the wheel's own
+
+    def is_alive(pid: int) -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+        return False
+
+    users = server.global_process_id_list
+    with server._lock:
+        if users.path.exists():
+            users.put([pid for pid in json.loads(users.path.read_text() or "[]") if is_alive(pid)])
 
 
 def connect(address: str) -> psycopg2.extensions.connection:

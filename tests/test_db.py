@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -627,25 +627,85 @@ def test_without_urls_and_without_the_embedded_extra_the_variables_are_named(
     assert not (tmp_path / "pgdata").exists()
 
 
-def test_the_embedded_postgresql_is_shared_and_stops_with_its_last_user(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    home = tmp_path_factory.mktemp("home")
-    for name in ("db.py", "service.py", "schema.sql"):
-        shutil.copy(ROOT / name, home)
-    environment = {**os.environ, "QUINN_DB_URL": "", "QUINN_ICLOUD_DB_URL": "", "PYTHONPATH": str(home)}
-    hold = "import db, sys; print(db.url('quinn'), flush=True); sys.stdin.read()"
-    run: Callable[..., Any] = subprocess.Popen
-    with run([sys.executable, "-c", hold], cwd=home, env=environment, text=True, stdin=-1, stdout=-1) as holder:
-        url = holder.stdout.readline().strip()
-        asked = subprocess.run(
-            [sys.executable, "db.py", "url"], cwd=home, env=environment, capture_output=True, text=True, check=True
-        )
-        assert asked.stdout.strip() == url
+class Home:
+    """A directory with our scripts, and what its ./pgdata is used by."""
+
+    HOLD = "import db, sys; print(db.url('quinn'), flush=True); sys.stdin.read()"
+
+    def __init__(self, path: Path) -> None:
+        for name in ("db.py", "service.py", "schema.sql"):
+            shutil.copy(ROOT / name, path)
+        self.path = path
+        self.environment = {**os.environ, "QUINN_DB_URL": "", "QUINN_ICLOUD_DB_URL": "", "PYTHONPATH": str(path)}
+
+    def holder(self) -> "subprocess.Popen[str]":
+        """A process that uses the embedded PostgreSQL until its stdin is closed, and says its URL."""
+        return subprocess.Popen(
+            [sys.executable, "-c", self.HOLD],
+            cwd=self.path, env=self.environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def ask(self) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, "db.py", "url"],
+            cwd=self.path, env=self.environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    def is_running(self) -> bool:
+        return (self.path / "pgdata" / "postmaster.pid").exists()
+
+
+@pytest.fixture
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    return Home(tmp_path_factory.mktemp("home"))
+
+
+def url_of(holder: "subprocess.Popen[str]") -> str:
+    assert holder.stdout
+    return holder.stdout.readline().strip()
+
+
+def test_the_embedded_postgresql_is_shared_and_stops_with_its_last_user(home: Home) -> None:
+    with home.holder() as holder:
+        url = url_of(holder)
+        assert home.ask().stdout.strip() == url
         assert run_sql(url, "SELECT count(*) FROM outreach_settings") == [(1,)]  # it is migrated, and still runs
-        assert (home / "pgdata" / "postmaster.pid").exists()
+        assert home.is_running()
+        assert holder.stdin
         holder.stdin.close()
-    until(lambda: not (home / "pgdata" / "postmaster.pid").exists())
+    until(lambda: not home.is_running())
+
+
+def test_the_embedded_postgresql_of_a_killed_script_is_used_by_the_next_one_and_stops_with_it(home: Home) -> None:
+    with home.holder() as killed:
+        url = url_of(killed)
+        killed.kill()
+    assert home.is_running(), "else this test shows nothing"
+    asked = home.ask()
+    assert asked.stdout.strip() == url
+    assert not home.is_running()
+    assert home.ask().stdout.strip() == url, "and it can be started again"
+    assert not home.is_running()
+
+
+def test_the_embedded_postgresql_stops_with_its_last_user_although_another_was_killed_before(home: Home) -> None:
+    with home.holder() as last:
+        url_of(last)
+        with home.holder() as killed:
+            url_of(killed)
+            killed.kill()
+        assert last.stdin
+        last.stdin.close()
+    assert not home.is_running()
+
+
+def test_the_embedded_postgresql_refuses_a_path_with_spaces(tmp_path: Path) -> None:
+    path = tmp_path / "My Documents"
+    path.mkdir()
+    asked = Home(path).ask()
+    assert asked.returncode == 2
+    assert asked.stderr.startswith(f"db.py: the embedded PostgreSQL cannot work in '{path}/pgdata': use a path without")
+    assert not (path / "pgdata").exists()
 
 
 def test_a_database_error_in_a_command_is_one_sentence(
