@@ -1,7 +1,8 @@
-"""PostgreSQL: where the two databases are, connections to them, and their schema.
+"""PostgreSQL: where the two databases are, connections to them, and their schema; the devices' commands.
 
-Run by an operator (`migrate`, `add-device`, `url`) and imported by every other script. Touches
-icloud.devices in add-device, and every table of schema.sql in migrate. Example:
+Run by an operator (`migrate`, `url`, `devices`, `add-device`, `new-token`, `rename-device`, `remove-device`) and
+imported by every other script. Touches icloud.devices in the devices' commands, of which remove-device also deletes
+from icloud.send_queue and reads outreach_batch_items; and every table of schema.sql in migrate. Example:
 
     python db.py add-device mac-mini
 """
@@ -17,11 +18,13 @@ import logging
 import os
 import re
 import secrets
+import shlex
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -80,6 +83,10 @@ logger = logging.getLogger(__name__)
 
 class Unavailable(Exception):
     """The database cannot be reached, or not now; the same statement may succeed later."""
+
+
+class DeviceError(Exception):
+    """A command about a device cannot be done. The message says what to do."""
 
 
 def url(part: Part) -> str:
@@ -397,50 +404,236 @@ def digest(token: str) -> str:
     return "sha256:" + hashlib.sha256(token.encode()).hexdigest()
 
 
+def generate_token() -> tuple[str, str]:
+    """A random token, and what icloud.devices.token holds for it."""
+    token = secrets.token_urlsafe(32)
+    return token, digest(token)
+
+
 def add_device(name: str) -> tuple[str, str]:
     """Make a device; return its id and its token, of which only the digest is stored."""
     sql = "INSERT INTO icloud.devices (name, token) VALUES (%(name)s, %(digest)s) RETURNING id"
-    token = secrets.token_urlsafe(32)
-    conn = connect(url("icloud"))
-    try:
-        [(device_id,)] = query(conn, sql, {"name": name, "digest": digest(token)})
-    finally:
-        conn.close()
+    token, stored = generate_token()
+    with contextlib.closing(connect(url("icloud"))) as conn:
+        [(device_id,)] = query(conn, sql, {"name": name, "digest": stored})
     return device_id, token
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+# --- the commands -------------------------------------------------------------------------------------
+
+
+def migrate_command() -> int:
+    for part in VARIABLES:
+        made = migrate(url(part), part)
+        say("".join(f"{part}: made {name}\n" for name in made) or f"{part}: nothing to do\n")
+    return 0
+
+
+def url_command() -> int:
+    say(f"{url('quinn')}\n")
+    return 0
+
+
+def add_device_command(name: str) -> int:
+    device_id, token = add_device(name)
+    say(f"device {device_id}\ntoken  {token}\nThe token is shown this once: give it to the device now.\n")
+    return 0
+
+
+def devices_command() -> int:
+    """List the devices, the oldest first: what waits for each, and what it has collected and not reported."""
+    sql = """
+        SELECT device.name, device.id, device.last_seen_at,
+               count(message.id) FILTER (WHERE message.collected_at IS NULL),
+               count(message.id) FILTER (WHERE message.collected_at IS NOT NULL)
+          FROM icloud.devices AS device
+          LEFT JOIN icloud.send_queue AS message ON message.device_id = device.id AND message.status = 'queued'
+         GROUP BY device.name, device.id, device.last_seen_at, device.created_at
+         ORDER BY device.created_at, device.id
+    """
+    with contextlib.closing(connect(url("icloud"))) as conn:
+        rows = query(conn, sql)
+    if not rows:
+        say("There is no device: `python db.py add-device NAME` makes one.\n")
+        return 0
+    names = [printable(name) for name, *_ in rows]
+    width = max(len(name) for name in ("NAME", *names))
+    say(f"{'NAME':{width}}  {'ID':36}  {'LAST SEEN':25}  WAITING  COLLECTED\n")
+    for name, (_, device_id, seen_at, waiting, collected) in zip(names, rows, strict=True):
+        say(f"{name:{width}}  {device_id}  {seen(seen_at):25}  {waiting:7}  {collected:9}\n")
+    return 0
+
+
+def new_token_command(name: str) -> int:
+    sql = "UPDATE icloud.devices SET token = %(digest)s WHERE id = %(id)s"
+    token, stored = generate_token()
+    with contextlib.closing(connect(url("icloud"))) as conn:
+        device_id, _, _ = find_device(conn, name)
+        query(conn, sql, {"id": device_id, "digest": stored})
+    say(
+        f"device {device_id}\ntoken  {token}\nThe old token does not work any more. "
+        "The new one is shown this once: give it to the device now.\n"
+    )
+    return 0
+
+
+def rename_device_command(name: str, new_name: str) -> int:
+    sql = """
+        UPDATE icloud.devices SET name = %(new_name)s
+         WHERE id = %(id)s AND NOT EXISTS (SELECT FROM icloud.devices WHERE name = %(new_name)s)
+        RETURNING id
+    """
+    with contextlib.closing(connect(url("icloud"))) as conn:
+        device_id, _, _ = find_device(conn, name)
+        if not query(conn, sql, {"id": device_id, "new_name": new_name}):
+            raise DeviceError(f"there is a device {new_name!r} already: choose another name")
+    say(f"device {device_id} is now called {new_name!r}\n")
+    return 0
+
+
+def remove_device_command(name: str, is_confirmed: bool) -> int:
+    """Say what is in flight and what becomes of it, then delete the device and its messages, if that is confirmed."""
+    sql = """
+        SELECT count(*) FILTER (WHERE status = 'queued' AND collected_at IS NULL),
+               count(*) FILTER (WHERE status = 'queued' AND collected_at IS NOT NULL),
+               count(*) FILTER (WHERE status <> 'queued')
+          FROM icloud.send_queue
+         WHERE device_id = %(id)s
+    """
+    remove = "DELETE FROM icloud.devices WHERE id = %(id)s"  # its messages go with it
+    with contextlib.closing(connect(url("icloud"))) as conn:
+        query(conn, "SET statement_timeout = 0")  # it may have a long history
+        device_id, name, seen_at = find_device(conn, name)
+        waiting, collected, ended = query(conn, sql, {"id": device_id})[0]
+        say(f"device {name!r}, {device_id}, last seen: {seen(seen_at)}\n{consequences(waiting, collected, ended)}")
+        if unread := count_unread(conn, device_id):
+            raise DeviceError(
+                f"nothing is changed: the dispatcher has not read yet what became of {messages(unread)}, and another "
+                "device could send a message again. Run `python dispatcher.py --once`, then this again"
+            )
+        if not is_confirmed:
+            say(f"Nothing is changed. To remove it: python db.py remove-device {shlex.quote(name)} --yes\n")
+            return 1
+        query(conn, remove, {"id": device_id})
+    say("The device is removed.\n")
+    return 0
+
+
+def consequences(waiting: int, collected: int, ended: int) -> str:
+    """What becomes of a device's messages when it is removed."""
+    said = "" if waiting or collected else "- Nothing is in flight.\n"
+    if waiting:
+        said += (
+            f"- {messages(waiting)} not collected: deleted, and the items become `failed`. To let another device\n"
+            "  send them, first set paused = true in outreach_settings for one tick of the dispatcher.\n"
+        )
+    if collected:
+        said += (
+            f"- {messages(collected)} collected, without a result: deleted, and the items become `failed`. The device\n"
+            "  may have sent them, or still send them: ask the recipients before a `dispatcher.py --retry`.\n"
+        )
+    if ended:
+        said += f"- {messages(ended)} with a result: deleted from the queue. The batches keep the results.\n"
+    return said
+
+
+def count_unread(icloud: psycopg2.extensions.connection, device_id: str) -> int:
+    """Count a device's messages whose result, or whose very enqueue, the dispatcher has not read yet.
+
+    Without its row, a claimed item's message counts as never enqueued, and a message that was sent as unknown.
+    """
+    in_flight = """
+        SELECT id, COALESCE(send_queue_id, ''), status = 'queued'
+          FROM outreach_batch_items
+         WHERE status = 'queued' OR (status = 'pending' AND claimed_at IS NOT NULL)
+    """
+    sql = """
+        SELECT count(*)
+          FROM icloud.send_queue
+         WHERE device_id = %(device_id)s
+           AND (batch_item_id = ANY (%(claimed)s::uuid[]) OR (id = ANY (%(queued)s::uuid[]) AND status <> 'queued'))
+    """
+    with contextlib.closing(connect(url("quinn"))) as quinn:
+        rows = query(quinn, in_flight)
+    claimed = [item_id for item_id, _, is_queued in rows if not is_queued]
+    queued = [queue_id for _, queue_id, is_queued in rows if is_queued and service.is_uuid(queue_id)]  # it is TEXT
+    [(unread,)] = query(icloud, sql, {"device_id": device_id, "claimed": claimed, "queued": queued})
+    return int(unread)
+
+
+def find_device(conn: psycopg2.extensions.connection, name: str) -> Row:
+    """The id, name and last_seen_at of the device with this name, or this id. Raises DeviceError."""
+    sql = "SELECT id, name, last_seen_at FROM icloud.devices WHERE name = %(name)s OR id::text = %(name)s ORDER BY id"
+    rows = query(conn, sql, {"name": name})
+    if not rows:
+        raise DeviceError(f"there is no device {name!r}: `python db.py devices` lists them")
+    if len(rows) > 1:
+        ids = ", ".join(row[0] for row in rows)
+        raise DeviceError(f"{len(rows)} devices are called {name!r}: give the id of one of them instead, {ids}")
+    return rows[0]
+
+
+def seen(moment: datetime | None) -> str:
+    return f"{moment.astimezone():%Y-%m-%d %H:%M:%S %Z}" if moment else "never"
+
+
+def messages(count: int) -> str:
+    return f"{count} message{'' if count == 1 else 's'}"
+
+
+def printable(text: str) -> str:
+    """`text` without what would move a terminal's cursor: names come from outside."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def device_name(text: str) -> str:
+    """A command line's name for a device, as PostgreSQL can hold it."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a device needs a name")
+    return storable(text)
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text)
+
+
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Prepare the databases of the send queue.",
+        description="Prepare the databases of the send queue, and look after its devices.",
         epilog="environment: QUINN_DB_URL, QUINN_ICLOUD_DB_URL (both unset: an embedded PostgreSQL in ./pgdata). "
         "examples: python db.py migrate; python db.py add-device mac-mini",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("migrate", help="create or complete the tables; safe to repeat")
-    commands.add_parser("url", help="print the URL of the quinn database, for psql")
-    commands.add_parser("add-device", help="make a device and print its token, once").add_argument("name")
-    arguments = parser.parse_args(argv)
+    existing = argparse.ArgumentParser(add_help=False)
+    existing.add_argument("name", type=device_name, help="the device's name, or its id")
+
+    def command(name: str, run: Callable[..., int], text: str, *parents: argparse.ArgumentParser) -> Any:
+        made = commands.add_parser(name, help=text, parents=parents)
+        made.set_defaults(run=run)
+        return made
+
+    command("migrate", migrate_command, "create or complete the tables, also while they are in use; safe to repeat")
+    command("url", url_command, "print the URL of the quinn database, for psql")
+    add = command("add-device", add_device_command, "make a device and print its token, once")
+    add.add_argument("name", type=device_name)
+    command("devices", devices_command, "list the devices, when each was seen last, and what waits for it")
+    command("new-token", new_token_command, "give a device another token, and print that once", existing)
+    rename = command("rename-device", rename_device_command, "give a device another name", existing)
+    rename.add_argument("new_name", type=device_name)
+    remove = command("remove-device", remove_device_command, "delete a device and its messages", existing)
+    remove.add_argument("--yes", dest="is_confirmed", action="store_true", help="else only say what it would do")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = vars(command_line().parse_args(argv))
     service.load_settings()
+    arguments.pop("command")
     try:
-        return _run(arguments)
-    except psycopg2.Error as error:
+        return int(arguments.pop("run")(**arguments))
+    except (psycopg2.Error, DeviceError) as error:
         sys.stderr.write(f"db.py: {str(error).strip() or type(error).__name__}\n")
         return 1
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    if arguments.command == "add-device":
-        device_id, token = add_device(arguments.name)
-        sys.stdout.write(
-            f"device {device_id}\ntoken  {token}\nThe token is shown this once: give it to the device now.\n"
-        )
-    elif arguments.command == "url":
-        sys.stdout.write(f"{url('quinn')}\n")
-    else:
-        for part in VARIABLES:
-            made = migrate(url(part), part)
-            sys.stdout.write("".join(f"{part}: made {name}\n" for name in made) or f"{part}: nothing to do\n")
-    return 0
 
 
 if __name__ == "__main__":

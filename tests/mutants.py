@@ -75,6 +75,17 @@ STATEMENTS: dict[str, list[tuple[str, str]]] = {
         ("SELECT pg_try_advisory_lock(hashtext('schema.sql'))", "SELECT true"),
         ("SET statement_timeout = 0", "SET statement_timeout = 1"),
         ("VALUES (%(name)s, %(digest)s)", "VALUES (%(digest)s, %(name)s)"),
+        # the devices' commands
+        ("FILTER (WHERE message.collected_at IS NULL)", ""),
+        ("AND message.status = 'queued'", ""),
+        ("         ORDER BY device.created_at, device.id\n", ""),
+        ("SET token = %(digest)s WHERE id = %(id)s", "SET token = %(digest)s WHERE id <> %(id)s"),
+        (" AND NOT EXISTS (SELECT FROM icloud.devices WHERE name = %(new_name)s)", ""),
+        ("DELETE FROM icloud.devices WHERE id = %(id)s", "DELETE FROM icloud.devices"),
+        (" OR (status = 'pending' AND claimed_at IS NOT NULL)", ""),
+        ("WHERE device_id = %(device_id)s\n           AND (batch_item_id", "WHERE (batch_item_id"),
+        (" AND status <> 'queued'))", "))"),
+        (" OR id::text = %(name)s", ""),
     ],
     "send_queue_server.py": [
         # pending

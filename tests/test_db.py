@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -470,6 +471,142 @@ def test_add_device_shows_the_token_once_and_stores_its_digest_alone(
     assert token not in stored
     assert polled(base_url, token) == 200
     assert polled(base_url, stored) == 401
+
+
+def test_devices_lists_what_waits_and_what_has_no_result(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert db.main(["devices"]) == 0
+    assert capsys.readouterr().out == "There is no device: `python db.py add-device NAME` makes one.\n"
+    busy, idle = world.device("mac-mini"), world.device("\x1b[2Jold mac")
+    world.icloud("UPDATE icloud.devices SET last_seen_at = '2026-01-02 03:04:05+00' WHERE id = %(id)s", id=busy)
+    for _ in range(3):
+        queued(world, busy)
+    queued(world, busy, collected_at="2026-01-02")
+    queued(world, busy, status="sent", sent_at="2026-01-02")
+    assert db.main(["devices"]) == 0
+    heading, first, second = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["NAME", "ID", "LAST", "SEEN", "WAITING", "COLLECTED"]
+    assert first.split() == ["mac-mini", busy, *f"{SEEN:%Y-%m-%d %H:%M:%S %Z}".split(), "3", "1"]
+    assert second.split("  ")[0] == "\ufffd[2Jold mac"
+    assert second.split()[2:] == [idle, "never", "0", "0"]
+    assert len(heading) == len(first) == len(second)
+
+
+SEEN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC).astimezone()
+
+
+def queued(world: World, device: str, item: str | None = None, **columns: Any) -> str:
+    """A message in the queue of a device; returns its id."""
+    row = {"device_id": device, "to_handle": "+14155550123", "body": "Hi", "batch_item_id": item, **columns}
+    values = ", ".join(f"%({name})s" for name in row)
+    return str(
+        world.icloud(f"INSERT INTO icloud.send_queue ({', '.join(row)}) VALUES ({values}) RETURNING id", **row)[0][0]
+    )
+
+
+def test_new_token_shows_a_token_once_and_the_old_one_stops_working(
+    world: World, base_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = world.device("mac-mini", token="the-old-one")
+    world.device("other", token="other")
+    assert polled(base_url, "the-old-one") == 200
+    assert db.main(["new-token", "mac-mini"]) == 0
+    said = re.fullmatch(rf"device {device}\ntoken  (\S{{40,}})\nThe old token does not .*\n", capsys.readouterr().out)
+    assert said
+    assert polled(base_url, said[1]) == polled(base_url, "other") == 200
+    assert polled(base_url, "the-old-one") == 401
+    assert world.icloud("SELECT token FROM icloud.devices WHERE id = %(id)s", id=device) == [(db.digest(said[1]),)]
+
+
+def test_rename_device_leaves_its_token_alone(world: World, base_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    device = world.device("mac-mini", token="mini")
+    world.device("other")
+    assert db.main(["rename-device", "mac-mini", "the office"]) == 0
+    assert capsys.readouterr().out == f"device {device} is now called 'the office'\n"
+    assert world.icloud("SELECT name FROM icloud.devices ORDER BY name") == [("other",), ("the office",)]
+    assert polled(base_url, "mini") == 200
+    assert db.main(["rename-device", "the office", "other"]) == 1
+    assert capsys.readouterr().err == "db.py: there is a device 'other' already: choose another name\n"
+
+
+COMMANDS = (["new-token", "mac"], ["rename-device", "mac", "new"], ["remove-device", "mac", "--yes"])
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=[command[0] for command in COMMANDS])
+def test_a_device_that_is_not_there_or_is_there_twice_is_an_error_that_says_what_to_do(
+    world: World, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    world.device("mini", token="0")
+    assert db.main(command) == 1
+    assert capsys.readouterr().err == "db.py: there is no device 'mac': `python db.py devices` lists them\n"
+    ids = sorted(world.device("mac", token=token) for token in "12")
+    before = world.icloud("SELECT * FROM icloud.devices ORDER BY id")
+    assert db.main(command) == 1
+    refusal = f"db.py: 2 devices are called 'mac': give the id of one of them instead, {ids[0]}, {ids[1]}\n"
+    assert capsys.readouterr().err == refusal
+    assert world.icloud("SELECT * FROM icloud.devices ORDER BY id") == before
+    assert db.main([command[0], ids[0], *command[2:]]) == 0
+    changed = world.icloud("SELECT * FROM icloud.devices ORDER BY id")
+    assert [row for row in before if row not in changed] == [row for row in before if row[0] == ids[0]]
+
+
+def test_remove_device_says_what_is_in_flight_and_changes_nothing_without_yes(
+    world: World, base_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device, other = world.device("mac mini", token="mini"), world.device("other")
+    queued(world, device)
+    queued(world, device, collected_at="2026-01-02")
+    for _ in range(2):
+        queued(world, device, status="sent", sent_at="2026-01-02")
+    queued(world, other)
+    assert db.main(["remove-device", "mac mini"]) == 1
+    said = capsys.readouterr().out
+    assert said.startswith(
+        f"device 'mac mini', {device}, last seen: never\n- 1 message not collected: deleted, and the"
+    )
+    assert "\n- 1 message collected, without a result: deleted, and the items become `failed`. The device\n" in said
+    assert "\n- 2 messages with a result: deleted from the queue." in said
+    assert said.endswith("\nNothing is changed. To remove it: python db.py remove-device 'mac mini' --yes\n")
+    assert world.icloud("SELECT count(*) FROM icloud.send_queue") == [(5,)]
+    assert polled(base_url, "mini") == 200  # and it collects the other one
+    assert db.main(["remove-device", "mac mini", "--yes"]) == 0
+    assert "- 2 messages collected, without a result" in capsys.readouterr().out
+    assert world.icloud("SELECT device_id FROM icloud.send_queue") == [(other,)]
+    assert world.icloud("SELECT name FROM icloud.devices") == [("other",)]
+    assert polled(base_url, "mini") == 401
+    assert db.main(["remove-device", "other"]) == 1
+    assert "- 1 message not collected" in capsys.readouterr().out
+    world.icloud("DELETE FROM icloud.send_queue")
+    assert db.main(["remove-device", "other", "--yes"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["- Nothing is in flight.", "The device is removed."]
+
+
+def test_a_device_is_not_removed_before_the_dispatcher_has_read_its_results(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = world.device("mac")
+    batch = world.batch()
+    # The response to the first one's enqueue was lost; the second one was sent; the third one waits.
+    claimed = world.item(batch, claimed_at="2026-01-02")
+    queued(world, device, claimed, collected_at="2026-01-02")
+    sent = world.item(batch, status="queued", send_queue_id=queued(world, device, status="sent", sent_at="2026-01-02"))
+    world.item(batch, status="queued", send_queue_id=queued(world, device))
+    world.item(batch, status="queued", send_queue_id="no uuid")
+    assert db.main(["remove-device", "mac", "--yes"]) == 1
+    refusal = "db.py: nothing is changed: the dispatcher has not read yet what became of 2 messages, and "
+    assert capsys.readouterr().err.startswith(refusal)
+    assert world.icloud("SELECT count(*) FROM icloud.devices") == [(1,)]
+    dispatcher.sync(world.databases.quinn, world.databases.icloud)
+    assert world.quinn("SELECT status FROM outreach_batch_items WHERE id = %(id)s", id=sent) == [("sent",)]
+    assert db.main(["remove-device", "mac", "--yes"]) == 0
+    dispatcher.sync(world.databases.quinn, world.databases.icloud)
+    assert sorted(world.statuses()) == ["failed", "failed", "failed", "sent"], "and none is pending again"
+
+
+@pytest.mark.parametrize("command", ["add-device", "rename-device"])
+def test_a_device_needs_a_name(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        db.main([command, *["mac"] * (command == "rename-device"), " "])
+    assert "a device needs a name" in capsys.readouterr().err
 
 
 # --- connections --------------------------------------------------------------------------------------
