@@ -27,7 +27,6 @@ WINDOWS = {
 HORIZON = timedelta(days=3)
 MINUTE = timedelta(minutes=1)
 NO_DEVICE = "there is no device: `python db.py add-device NAME` makes one"
-MEND_QUIET_HOURS = "set both to HH:MM and quiet_hours_tz to an IANA name or NULL"
 # A device that was not seen, or a message without a result, for longer than this is no longer a matter of patience.
 PATIENCE = timedelta(minutes=10)
 BRIEF = timedelta(minutes=2)  # a gate that opens within this is part of sending at the settings' pace
@@ -313,22 +312,28 @@ def next_quiet_hours(pace: Pace) -> datetime | None:
     return hours.next(pace.now, covered=True) if hours else None
 
 
-@functools.lru_cache(maxsize=1)  # so that what cannot be read is warned of once, not every tick
+@functools.lru_cache(maxsize=1)  # so that what disables them is warned of once, not every tick
 def quiet_hours(start: str | None, end: str | None, zone: str | None) -> QuietHours | None:
-    """The settings' quiet hours; None when they are not set, or cannot be read."""
+    """The settings' quiet hours; None when they are not set, are of no length, or cannot be read."""
+    if problem := quiet_hours_problem(start, end, zone):
+        logger.warning("quiet hours are disabled start=%r end=%r tz=%r; %s", start, end, zone, problem)
+    if problem or not (start and end):
+        return None
+    return QuietHours(_minute_of_day(start), _minute_of_day(end), ZoneInfo(zone) if zone else None)
+
+
+def quiet_hours_problem(start: str | None, end: str | None, zone: str | None) -> str | None:
+    """Say why these settings amount to no quiet hours, and what to do; None when they are fine, or not set."""
     if not start and not end:
         return None
     try:
-        first, last = _minute_of_day(start or ""), _minute_of_day(end or "")
-        if first == last:
-            raise ValueError("start and end are the same")
-        return QuietHours(first, last, ZoneInfo(zone) if zone else None)
+        is_same = _minute_of_day(start or "") == _minute_of_day(end or "")
+        ZoneInfo(zone or "UTC")
     except (ValueError, KeyError, OSError) as error:  # the last two are ZoneInfo's, for an unknown name
-        logger.warning(
-            "quiet hours are disabled: outreach_settings cannot be read start=%r end=%r tz=%r error=%s; %s",
-            start, end, zone, error, MEND_QUIET_HOURS,
-        )  # fmt: skip
-        return None
+        return f"they cannot be read: {error}; set both to HH:MM and quiet_hours_tz to an IANA name or NULL"
+    return (
+        "start and end are the same, which means no quiet hours; to stop sending use paused = true" if is_same else None
+    )
 
 
 def _minute_of_day(text: str) -> int:

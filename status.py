@@ -11,6 +11,7 @@ import collections
 import contextlib
 import itertools
 import math
+import re
 import sys
 import time
 import uuid
@@ -223,16 +224,36 @@ def look(part: db.Part, read: Callable[[Any], T]) -> tuple[T | None, Problem | N
         with contextlib.closing(db.connect(db.url(part))) as conn:
             conn.set_session(isolation_level="REPEATABLE READ", readonly=True, autocommit=False)
             return read(conn), None
-    except (errors.UndefinedTable, errors.UndefinedColumn, errors.InvalidSchemaName) as error:
-        lack = error.diag.message_primary
-        return None, Problem(f"database {part} is not complete", f"{lack}; run `python db.py migrate`")
-    except errors.InsufficientPrivilege as error:
-        lack = error.diag.message_primary
-        return None, Problem(f"database {part} refuses this role", f"{lack}; GRANT the tables' owner to it")
     except psycopg2.Error as error:
-        words = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        cure = f"{words}; start PostgreSQL, mend {db.VARIABLES[part]}, or run this as the user sendqueue"
-        return None, Problem(f"database {part} cannot be reached", cure)
+        return None, problem_of(part, error)
+
+
+BLOCKERS = "SELECT pid, xact_start, query FROM pg_stat_activity ORDER BY xact_start"
+# The problem and its remedy, by the error's class, or by the server's words, since one from connecting has no SQLSTATE.
+PROBLEMS: list[tuple[tuple[type[psycopg2.Error], ...], str, str, str]] = [
+    ((errors.UndefinedTable, errors.UndefinedColumn, errors.InvalidSchemaName), "",
+     "is not complete", "run `python db.py migrate`"),
+    ((errors.InsufficientPrivilege,), "", "refuses this role", "GRANT the tables' owner to it"),
+    ((errors.LockNotAvailable, errors.DeadlockDetected), "", "is locked by another session",
+     f"wait for it to end, such as a migration, or find it: {BLOCKERS}"),
+    ((errors.QueryCanceled,), "", "answers too slowly",
+     f"see what else it does: {BLOCKERS}; then run `python db.py migrate`, in case an index is missing"),
+    ((errors.TooManyConnections,), "too many (clients|connections)|connection slots are reserved",
+     "has no connection left", "close other sessions, or raise max_connections"),
+    ((errors.CannotConnectNow, errors.AdminShutdown, errors.CrashShutdown),
+     "is (shutting down|starting up)|in recovery mode|administrator command|not yet accepting",
+     "is shutting down or starting", "look again in a moment; if it stays so, start PostgreSQL"),
+]  # fmt: skip
+
+
+def problem_of(part: db.Part, error: psycopg2.Error) -> Problem:
+    """What is wrong with a database, by the error of a look at it."""
+    words = (error.diag.message_primary or str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    for classes, phrases, what, cure in PROBLEMS:
+        if isinstance(error, classes) or (phrases and error.pgcode is None and re.search(phrases, str(error))):
+            return Problem(f"database {part} {what}", f"{words}; {cure}")
+    cure = f"{words}; start PostgreSQL, mend {db.VARIABLES[part]}, or run this as the user sendqueue"
+    return Problem(f"database {part} cannot be reached", cure)
 
 
 # --- the forecast -------------------------------------------------------------------------------------
@@ -559,15 +580,13 @@ def warnings(quinn: Quinn | None, devices: Sequence[pacing.Device] | None, now: 
     found = []
     if quinn and quinn.pace:
         start, end, zone = quinn.pace.settings[1:4]
-        if (start or end) and pacing.quiet_hours(start, end, zone) is None:
-            found.append(
-                f"quiet hours are disabled, since they cannot be read: start={start!r} end={end!r} tz={zone!r}"
-                f"; {pacing.MEND_QUIET_HOURS}"
-            )
+        if problem := pacing.quiet_hours_problem(start, end, zone):
+            found.append(f"quiet hours are disabled: start={start!r} end={end!r} tz={zone!r}; {problem}")
     for device in devices or ():
         if device.is_late(now):
             kept = device.waiting + device.collected
-            found.append(f"device {device.name!r}, {device.seen(now)}, keeps {kept} messages waiting")
+            messages = "1 message" if kept == 1 else f"{kept} messages"
+            found.append(f"device {device.name!r}, {device.seen(now)}, keeps {messages} waiting")
     if devices is not None and not devices:
         found.append(pacing.NO_DEVICE)
     return found

@@ -73,7 +73,7 @@ STATEMENTS: dict[str, list[tuple[str, str]]] = {
         ("indisvalid AND NOT indisprimary", "indisvalid"),
         ("indisvalid AND NOT indisprimary", "NOT indisprimary"),
         ("SELECT pg_try_advisory_lock(hashtext('schema.sql'))", "SELECT true"),
-        ("SET statement_timeout = 0", "SET statement_timeout = 1"),
+        ('"SET statement_timeout = 0")  # an index', '"SET statement_timeout = 1")  # an index'),
         ("VALUES (%(name)s, %(digest)s)", "VALUES (%(digest)s, %(name)s)"),
         # the devices' commands
         ("FILTER (WHERE message.collected_at IS NULL)", ""),
