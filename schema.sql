@@ -195,8 +195,8 @@ ALTER TABLE outreach_batch_items ADD COLUMN IF NOT EXISTS device_id UUID;
 ALTER TABLE outreach_batch_items ADD COLUMN IF NOT EXISTS claimed_at TIMESTAMPTZ;
 
 -- One row. A NULL limit means none. Quiet hours are HH:MM, both or neither, in `quiet_hours_tz`
--- (an IANA name; NULL: the dispatcher host's local time). They carry no CHECK: a value that cannot be
--- read disables them with a warning in the log.
+-- (an IANA name; NULL: the dispatcher host's local time). The same start and end mean none. They carry
+-- no CHECK: a value that cannot be read disables them with a warning in the log.
 CREATE TABLE IF NOT EXISTS outreach_settings (
     id                 INTEGER PRIMARY KEY DEFAULT 1,
     paused             BOOLEAN NOT NULL DEFAULT false,
