@@ -13,6 +13,7 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -306,7 +307,11 @@ def _wait_for_other_migrations(conn: psycopg2.extensions.connection) -> None:
     migration's CREATE INDEX CONCURRENTLY waits for every older snapshot: a deadlock.
     """
     sql = "SELECT pg_try_advisory_lock(hashtext('schema.sql'))"
-    while not query(conn, sql)[0][0]:
+    for tries in itertools.count(1):
+        if query(conn, sql)[0][0]:
+            return
+        if tries == 20:
+            logger.warning("waiting for another migration, which has been running for some time")
         time.sleep(0.1)
 
 
