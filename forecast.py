@@ -19,7 +19,7 @@ import msgspec
 import db
 import handles
 import pacing
-import service
+import runtime
 
 # Above so many pending items, nothing is simulated: each batch ends by the limits' rate (see estimate()).
 MAX_SIMULATED_ITEMS = 20_000
@@ -148,7 +148,7 @@ def predict_outcome(handle: str | None, is_empty: bool) -> str:
 def read_queue(icloud: Any, queued_items: Sequence[tuple[str, str]]) -> QueueSnapshot:
     """Read the devices, and which of the queued items have a result that the dispatcher has not read yet."""
     sql = "SELECT id, sent_at FROM icloud.send_queue WHERE id = ANY (%(ids)s::uuid[]) AND status <> 'queued'"
-    ids = [queue_id for _, queue_id in queued_items if service.is_uuid(queue_id)]  # the column is TEXT
+    ids = [queue_id for _, queue_id in queued_items if runtime.is_uuid(queue_id)]  # the column is TEXT
     rows = db.query(icloud, sql, {"ids": ids}) if 0 < len(ids) <= MAX_SIMULATED_ITEMS else []
     return QueueSnapshot(pacing.devices(icloud), dict(rows))
 

@@ -11,7 +11,7 @@ import re
 
 import phonenumbers
 
-import service
+import runtime
 
 # The shape that the server asks of a handle.
 HANDLE_PATTERN = re.compile(
@@ -68,10 +68,10 @@ def mask_handle(handle: str) -> str:
 
 
 def default_region() -> str | None:
-    """Return DEFAULT_REGION, such as `US`; None when it is not set. Raises service.Misconfigured if it is unknown."""
+    """Return DEFAULT_REGION, such as `US`; None when it is not set. Raises runtime.ConfigError if it is unknown."""
     region = (os.environ.get("DEFAULT_REGION") or "").upper() or None
     if region and region not in phonenumbers.SUPPORTED_REGIONS:
-        raise service.Misconfigured(
+        raise runtime.ConfigError(
             f"DEFAULT_REGION is {region!r}: set it to a country's two letters, such as US or DE, or remove it"
         )
     return region

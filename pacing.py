@@ -29,7 +29,6 @@ WINDOWS = {
 QUIET_HOURS_SEARCH_LIMIT = timedelta(days=3)
 MINUTE = timedelta(minutes=1)
 NO_DEVICE = "there is no device: `python db.py add-device NAME` makes one"
-QUIET_HOURS_REMEDY = "set both to HH:MM and quiet_hours_tz to an IANA name or NULL"
 # A device that was not seen, or a message without a result, for longer than this is late.
 DEVICE_LATE_AFTER = timedelta(minutes=10)
 SHORT_HOLD = timedelta(minutes=2)  # a hold that ends within this is part of sending at the settings' pace
@@ -337,22 +336,28 @@ def next_quiet_hours(snapshot: Snapshot) -> datetime | None:
     return hours.next_change(snapshot.now, to_quiet=True) if hours else None
 
 
-@functools.lru_cache(maxsize=1)  # so that unreadable values are logged once, not at every tick
+@functools.lru_cache(maxsize=1)  # so that what disables them is logged once, not at every tick
 def quiet_hours(start: str | None, end: str | None, zone: str | None) -> QuietHours | None:
-    """Return the settings' quiet hours; None when they are not set, or cannot be read."""
+    """Return the settings' quiet hours; None when they are not set, have no length, or cannot be read."""
+    if problem := quiet_hours_problem(start, end, zone):
+        logger.warning("quiet hours are disabled start=%r end=%r tz=%r; %s", start, end, zone, problem)
+    if problem or not (start and end):
+        return None
+    return QuietHours(_minute_of_day(start), _minute_of_day(end), ZoneInfo(zone) if zone else None)
+
+
+def quiet_hours_problem(start: str | None, end: str | None, zone: str | None) -> str | None:
+    """Return why these settings mean no quiet hours, and what to do; None when they are fine, or not set."""
     if not start and not end:
         return None
     try:
-        first, last = _minute_of_day(start or ""), _minute_of_day(end or "")
-        if first == last:
-            raise ValueError("start and end are the same")
-        return QuietHours(first, last, ZoneInfo(zone) if zone else None)
+        is_same = _minute_of_day(start or "") == _minute_of_day(end or "")
+        ZoneInfo(zone or "UTC")
     except (ValueError, KeyError, OSError) as error:  # the last two are ZoneInfo's, for an unknown name
-        logger.warning(
-            "quiet hours are disabled: outreach_settings cannot be read start=%r end=%r tz=%r error=%s; %s",
-            start, end, zone, error, QUIET_HOURS_REMEDY,
-        )  # fmt: skip
-        return None
+        return f"they cannot be read: {error}; set both to HH:MM and quiet_hours_tz to an IANA name or NULL"
+    if is_same:
+        return "start and end are the same, which means no quiet hours; to stop sending use paused = true"
+    return None
 
 
 def _minute_of_day(text: str) -> int:

@@ -14,7 +14,6 @@ from zoneinfo import ZoneInfo
 
 import msgspec
 import psycopg2
-from psycopg2 import errors
 
 import db
 import forecast
@@ -98,13 +97,6 @@ class Report(msgspec.Struct, rename="camel"):
 # --- reading ------------------------------------------------------------------------------------------
 
 
-class DatabaseProblem(NamedTuple):
-    """What is wrong with a database, and what to do about it."""
-
-    what: str
-    remedy: str
-
-
 class Databases(NamedTuple):
     """What was read of both databases. `outreach` or `queue` is None where `problems` says why."""
 
@@ -112,7 +104,7 @@ class Databases(NamedTuple):
     queue: forecast.QueueSnapshot | None
     idle_batches: dict[str, int] | None
     failures: list[Failure] | None
-    problems: list[DatabaseProblem]
+    problems: list[db.DatabaseProblem]
 
 
 def read_databases(batch_id: str | None = None) -> Databases:
@@ -129,22 +121,14 @@ def read_databases(batch_id: str | None = None) -> Databases:
     return Databases(outreach, queue, idle_batches, failures, problems)
 
 
-def read_database(name: db.Part, read: Callable[[Any], T]) -> tuple[T | None, DatabaseProblem | None]:
+def read_database(name: db.DatabaseName, read: Callable[[Any], T]) -> tuple[T | None, db.DatabaseProblem | None]:
     """Return what `read` reads of a database in one read-only snapshot, or why it cannot."""
     try:
         with contextlib.closing(db.connect(db.url(name))) as conn:
             conn.set_session(isolation_level="REPEATABLE READ", readonly=True, autocommit=False)
             return read(conn), None
-    except (errors.UndefinedTable, errors.UndefinedColumn, errors.InvalidSchemaName) as error:
-        lack = error.diag.message_primary
-        return None, DatabaseProblem(f"database {name} is not complete", f"{lack}; run `python db.py migrate`")
-    except errors.InsufficientPrivilege as error:
-        lack = error.diag.message_primary
-        return None, DatabaseProblem(f"database {name} refuses this role", f"{lack}; GRANT the tables' owner to it")
     except psycopg2.Error as error:
-        text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        remedy = f"{text}; start PostgreSQL, correct {db.VARIABLES[name]}, or run this as the user sendqueue"
-        return None, DatabaseProblem(f"database {name} cannot be reached", remedy)
+        return None, db.diagnose(error, name)
 
 
 def _read_idle_batches(quinn: Any) -> dict[str, int]:
@@ -237,11 +221,9 @@ def _warnings(
     found = []
     if outreach and outreach.snapshot:
         settings = outreach.snapshot.settings
-        if (settings.quiet_hours_start or settings.quiet_hours_end) and settings.quiet_hours is None:
-            found.append(
-                f"quiet hours are disabled, because they cannot be read: start={settings.quiet_hours_start!r} "
-                f"end={settings.quiet_hours_end!r} tz={settings.quiet_hours_tz!r}; {pacing.QUIET_HOURS_REMEDY}"
-            )
+        start, end, zone = settings.quiet_hours_start, settings.quiet_hours_end, settings.quiet_hours_tz
+        if problem := pacing.quiet_hours_problem(start, end, zone):
+            found.append(f"quiet hours are disabled: start={start!r} end={end!r} tz={zone!r}; {problem}")
     if outreach and (unreadable := "".join(outreach.predicted_outcomes.values()).count(forecast.UNREADABLE)):
         found.append(forecast.unreadable_note(unreadable))
     for device in devices or ():
@@ -345,7 +327,7 @@ def _pace_advice(outreach: forecast.OutreachSnapshot, interval: timedelta) -> st
     )
 
 
-def summarize_outage(problems: Sequence[DatabaseProblem]) -> Summary:
+def summarize_outage(problems: Sequence[db.DatabaseProblem]) -> Summary:
     """Return the first line when a database is unavailable."""
     return Summary(
         "down",

@@ -11,6 +11,9 @@
 -- Apply it with `python db.py migrate`, which gives each database its part and says what changed, or
 -- give one database both parts with `psql -f schema.sql`. Every statement may run again, also over
 -- tables that the platform made itself: what is missing is added, what is there is left alone.
+-- On databases in use, take `migrate`: it leaves out each ADD COLUMN and CREATE INDEX that has nothing
+-- to do (here, each would lock its table all the same), and builds an index CONCURRENTLY. So each
+-- ALTER TABLE outside a DO block adds one column, and a changed index gets a new name.
 --
 -- Vocabulary. A *batch* holds one rendered message, an *item*, for each client. The dispatcher
 -- *claims* an item, *enqueues* its message and so makes a *row* in the queue; a *device* *collects*
@@ -43,6 +46,23 @@
 -- the primary key. tests/test_plans.py counts what each statement reads.
 
 -- part: icloud ---------------------------------------------------------------------------------------
+
+-- Tables that were here before must have what is read from them. This comes first: if one does not, nothing is changed.
+DO $$
+DECLARE
+    missing TEXT := (
+        SELECT string_agg(format('table icloud.%s has no column %s', tab, col), '; ')
+          FROM (VALUES ('devices', '{id,token}'::text[]),
+                       ('send_queue', '{id,device_id,to_handle,body,status,sent_at,failure_reason,created_at,updated_at}')
+               ) AS needed (tab, cols), unnest(needed.cols) AS col
+         WHERE to_regclass('icloud.' || tab) IS NOT NULL
+           AND NOT EXISTS (SELECT FROM pg_attribute
+                            WHERE attrelid = to_regclass('icloud.' || tab) AND attname = col AND attnum > 0));
+BEGIN
+    IF missing IS NOT NULL THEN
+        RAISE EXCEPTION '%', missing USING HINT = 'Add it to that table, then run this again.';
+    END IF;
+END $$;
 
 CREATE SCHEMA IF NOT EXISTS icloud;
 
@@ -86,22 +106,6 @@ ALTER TABLE icloud.send_queue ADD COLUMN IF NOT EXISTS collected_at TIMESTAMPTZ;
 ALTER TABLE icloud.send_queue ADD COLUMN IF NOT EXISTS valid_until TIMESTAMPTZ;
 ALTER TABLE icloud.send_queue ADD COLUMN IF NOT EXISTS withdrawn_at TIMESTAMPTZ;
 
--- Tables that were here before must have what is read from them.
-DO $$
-DECLARE
-    missing TEXT := (
-        SELECT string_agg(format('table icloud.%s has no column %s', tab, col), '; ')
-          FROM (VALUES ('devices', '{id,token}'::text[]),
-                       ('send_queue', '{id,device_id,to_handle,body,status,sent_at,failure_reason,created_at,updated_at}')
-               ) AS needed (tab, cols), unnest(needed.cols) AS col
-         WHERE NOT EXISTS (SELECT FROM pg_attribute
-                            WHERE attrelid = ('icloud.' || tab)::regclass AND attname = col AND attnum > 0));
-BEGIN
-    IF missing IS NOT NULL THEN
-        RAISE EXCEPTION '%', missing USING HINT = 'Add it to that table, then run this again.';
-    END IF;
-END $$;
-
 -- A token names one device.
 CREATE UNIQUE INDEX IF NOT EXISTS devices_token ON icloud.devices (token);
 -- The idempotency key: an item has at most one row that is waiting or was sent.
@@ -122,6 +126,28 @@ CREATE INDEX IF NOT EXISTS send_queue_ended
     ON icloud.send_queue (updated_at) WHERE status <> 'queued';
 
 -- part: quinn ----------------------------------------------------------------------------------------
+
+-- Tables that were here before must have what is read from them. This comes first: if one does not, nothing is changed.
+DO $$
+DECLARE
+    missing TEXT := (
+        SELECT string_agg(format('table %s has no column %s', tab, col), '; ')
+          FROM (VALUES ('clients', '{id}'::text[]),
+                       ('contact_relationships', '{client_id,handle,is_primary}'),
+                       ('outreach_batches', '{id,status,created_at,updated_at}'),
+                       ('outreach_batch_items', '{id,batch_id,client_id,rendered_body,status,send_queue_id,'
+                           'sent_at,failure_reason,created_at,updated_at}'),
+                       ('outreach_settings', '{id,paused,quiet_hours_start,quiet_hours_end,'
+                           'max_per_minute,max_per_hour,max_per_day,min_gap_seconds}')
+               ) AS needed (tab, cols), unnest(needed.cols) AS col
+         WHERE to_regclass(tab) IS NOT NULL
+           AND NOT EXISTS (SELECT FROM pg_attribute
+                            WHERE attrelid = to_regclass(tab) AND attname = col AND attnum > 0));
+BEGIN
+    IF missing IS NOT NULL THEN
+        RAISE EXCEPTION '%', missing USING HINT = 'Add it to that table, then run this again.';
+    END IF;
+END $$;
 
 -- Stand-ins for the platform's own tables, with just the columns that are read.
 CREATE TABLE IF NOT EXISTS clients (
@@ -177,9 +203,9 @@ ALTER TABLE outreach_batch_items ADD COLUMN IF NOT EXISTS device_id UUID;
 ALTER TABLE outreach_batch_items ADD COLUMN IF NOT EXISTS claimed_at TIMESTAMPTZ;
 
 -- One row. A NULL limit means none. Quiet hours are HH:MM, both or neither, in `quiet_hours_tz`
--- (an IANA name; NULL: the dispatcher host's local time). They carry no CHECK: a value that cannot be
--- read disables them with a warning in the log. The dispatcher writes the last three: when a tick began, and when
--- each job last did its work.
+-- (an IANA name; NULL: the dispatcher host's local time). The same start and end mean none. They carry
+-- no CHECK: a value that cannot be read disables them with a warning in the log. The dispatcher writes the
+-- last three: when a tick began, and when each job last did its work.
 CREATE TABLE IF NOT EXISTS outreach_settings (
     id                 INTEGER PRIMARY KEY DEFAULT 1,
     paused             BOOLEAN NOT NULL DEFAULT false,
@@ -203,27 +229,6 @@ ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS device_id UUID;
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS last_dispatched_at TIMESTAMPTZ;
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS last_synced_at TIMESTAMPTZ;
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS last_tick_at TIMESTAMPTZ;
-
--- Tables that were here before must have what is read from them.
-DO $$
-DECLARE
-    missing TEXT := (
-        SELECT string_agg(format('table %s has no column %s', tab, col), '; ')
-          FROM (VALUES ('clients', '{id}'::text[]),
-                       ('contact_relationships', '{client_id,handle,is_primary}'),
-                       ('outreach_batches', '{id,status,created_at,updated_at}'),
-                       ('outreach_batch_items', '{id,batch_id,client_id,rendered_body,status,send_queue_id,'
-                           'sent_at,failure_reason,created_at,updated_at}'),
-                       ('outreach_settings', '{id,paused,quiet_hours_start,quiet_hours_end,'
-                           'max_per_minute,max_per_hour,max_per_day,min_gap_seconds}')
-               ) AS needed (tab, cols), unnest(needed.cols) AS col
-         WHERE NOT EXISTS (SELECT FROM pg_attribute
-                            WHERE attrelid = tab::regclass AND attname = col AND attnum > 0));
-BEGIN
-    IF missing IS NOT NULL THEN
-        RAISE EXCEPTION '%', missing USING HINT = 'Add it to that table, then run this again.';
-    END IF;
-END $$;
 
 -- Where the platform keys its clients by another type than UUID, the (still empty) tables made above follow it.
 DO $$

@@ -38,7 +38,7 @@ from bottle import request, response
 
 import db
 import handles
-import service
+import runtime
 
 BODY_LIMIT = 64 * 1024  # bytes; the contract's
 # A body up to here is read to its end before it is refused: a connection closed over unread bytes is reset,
@@ -95,7 +95,7 @@ class Result(msgspec.Struct):
     error: str | None = None
 
 
-def make_app(database: db.Database, service_token: str) -> bottle.Bottle:
+def make_app(database: db.RetryingConnection, service_token: str) -> bottle.Bottle:
     """The WSGI application over `database`; `service_token` opens the admin path."""
     app = bottle.Bottle()
     app.install(_guarded)
@@ -110,7 +110,7 @@ def make_app(database: db.Database, service_token: str) -> bottle.Bottle:
     return app
 
 
-def pending(database: db.Database) -> Data:
+def pending(database: db.RetryingConnection) -> Data:
     """GET pending: up to 50 of the device's queued messages, oldest first, until their results are in.
 
     Being handed out for the first time marks a row as collected, after which it is never withdrawn; a row past
@@ -155,7 +155,7 @@ def pending(database: db.Database) -> Data:
     return {"items": items}
 
 
-def result(database: db.Database, queue_id: str) -> Data:
+def result(database: db.RetryingConnection, queue_id: str) -> Data:
     """POST result: record once what became of a message. The same again is a 200, anything else a 409."""
     sql = """
         WITH device AS (
@@ -184,7 +184,7 @@ def result(database: db.Database, queue_id: str) -> Data:
         report = _decoded(_body().decode(errors="replace"), Result)
     except bottle.HTTPError as error:
         problem, queue_id = error, ""  # refused below, once the token is known to be good; "" finds no row
-    reason = db.storable(report.error or "")[:REASON_LENGTH] or "the device gave no reason"
+    reason = db.replace_unstorable(report.error or "")[:REASON_LENGTH] or "the device gave no reason"
     parameters = {
         "id": _uuid(queue_id),
         "status": report.status,
@@ -205,7 +205,7 @@ def result(database: db.Database, queue_id: str) -> Data:
     return {"id": row_id, "status": report.status}
 
 
-def enqueue(database: db.Database, service_token: str) -> Data:
+def enqueue(database: db.RetryingConnection, service_token: str) -> Data:
     """POST enqueue: put a message into a device's queue, once for each batchItemId.
 
     The same item again gets the row it has, unless that row failed or was withdrawn: then this is a retry and
@@ -248,7 +248,7 @@ def enqueue(database: db.Database, service_token: str) -> Data:
     return {"sendQueueId": row_id}
 
 
-def status(database: db.Database, service_token: str) -> Data:
+def status(database: db.RetryingConnection, service_token: str) -> Data:
     """GET status: what waits for each device, and the results of the last hour; for monitors without a database."""
     sql = """
         WITH results AS (
@@ -284,7 +284,7 @@ def status(database: db.Database, service_token: str) -> Data:
     return {"devices": devices, "lastHour": {"sent": rows[0][0], "failed": rows[0][1]}}
 
 
-def health(database: db.Database) -> Data:
+def health(database: db.RetryingConnection) -> Data:
     """GET healthz: whether the database answers; for monitors, without a token."""
     database.query("SELECT 1")
     return {"status": "ok"}
@@ -306,7 +306,7 @@ def _device_token() -> dict[str, str]:
     token = _bearer()
     if not token or token.startswith("sha256:"):
         _refuse_token()
-    return {"plain": token, "digest": db.digest(token)}
+    return {"plain": token, "digest": db.hash_token(token)}
 
 
 def _refuse(status: int, sentence: str) -> NoReturn:
@@ -343,7 +343,7 @@ def _decoded(body: bytes | str, kind: type[T]) -> T:
 
 
 def _uuid(text: str) -> str | None:
-    return text.lower() if service.is_uuid(text) else None
+    return text.lower() if runtime.is_uuid(text) else None
 
 
 def _instant(moment: datetime) -> datetime:
@@ -371,7 +371,7 @@ def _guarded(handler: Callable[..., Data]) -> Callable[..., bytes]:
             hint = "; compare its token with the server's, or a device's" if refusal.status_code == 401 else ""
             logger.log(level, "request refused status=%d request=%r%s", refusal.status_code, where, hint)
             raise
-        except db.Unavailable as error:
+        except db.DatabaseUnavailable as error:
             hint = "; see that PostgreSQL runs, and QUINN_ICLOUD_DB_URL"
             logger.error("database unavailable sqlstate=%r request=%r%s", str(error), where, hint)
             raise bottle.HTTPError(503, "the database cannot be reached; try again soon") from None
@@ -597,9 +597,9 @@ def serve(app: bottle.Bottle, sockets: Sequence[socket.socket], threads: int) ->
         listening.close()  # each worker has its own descriptor
     for worker in workers:
         worker.start()
-    service.notify("READY=1")
+    runtime.sd_notify("READY=1")
     signal.sigwait(ends)
-    service.notify("STOPPING=1")
+    runtime.sd_notify("STOPPING=1")
     logger.info("send-queue-server stopping, once the requests in hand have their answers")
     for worker in workers:
         worker.stop()
@@ -637,19 +637,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "SEND_QUEUE_THREADS, LOG_LEVEL. examples: python send_queue_server.py; "
         "SEND_QUEUE_PORT=8080 python send_queue_server.py",
     ).parse_args(argv)
-    service.load_settings()
-    service.set_up_logging()
-    token = service.service_token()
+    runtime.load_settings()
+    runtime.set_up_logging()
+    token = runtime.service_token()
     if token is None:
-        raise service.Misconfigured("MAC_SYNC_SERVICE_TOKEN is not set: make one with `openssl rand -hex 24`")
+        raise runtime.ConfigError("MAC_SYNC_SERVICE_TOKEN is not set: make one with `openssl rand -hex 24`")
     host = os.environ.get("SEND_QUEUE_HOST") or "127.0.0.1"
-    port = service.integer("SEND_QUEUE_PORT", 3201, lowest=0, highest=65_535)
-    threads = service.integer("SEND_QUEUE_THREADS", THREADS, highest=64)
-    app = make_app(db.Database(db.url("icloud")), token)
+    port = runtime.env_int("SEND_QUEUE_PORT", 3201, lowest=0, highest=65_535)
+    threads = runtime.env_int("SEND_QUEUE_THREADS", THREADS, highest=64)
+    app = make_app(db.RetryingConnection(db.url("icloud")), token)
     try:
         sockets = inherited() or [bound(host, port)]
     except OSError as error:
-        raise service.Misconfigured(
+        raise runtime.ConfigError(
             f"cannot listen on {host}:{port}: {error}; set SEND_QUEUE_HOST and SEND_QUEUE_PORT to a free address"
         ) from None
     serve(app, sockets, threads)
@@ -657,4 +657,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    service.run(main)
+    runtime.run_main(main)

@@ -23,7 +23,7 @@ from rich.text import Text
 import forecast
 import pacing
 import report
-import service
+import runtime
 
 WATCH_PAUSE = 2  # seconds between two looks of --watch
 MAX_ROWS = 20  # batches, devices: what fits a screen; --json has all
@@ -216,9 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.watch and arguments.forecast:
         parser.error("--forecast looks once: leave out --watch")
-    service.load_settings()
+    runtime.load_settings()
     pacing.logger.disabled = True  # its warnings are on the screen
-    interval = timedelta(seconds=service.integer("DISPATCH_INTERVAL_SECONDS", 30))
+    interval = timedelta(seconds=runtime.env_int("DISPATCH_INTERVAL_SECONDS", 30))
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=PLAIN_WIDTH)
@@ -228,4 +228,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    service.run(main)
+    runtime.run_main(main)

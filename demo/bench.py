@@ -144,7 +144,7 @@ class Bench:
         with contextlib.closing(db.connect(self.server_url)) as conn:
             db.query(conn, f"CREATE DATABASE {name}")
         address = urlsplit(self.server_url)._replace(path=f"/{name}").geturl()
-        for part in db.VARIABLES:
+        for part in db.URL_VARIABLES:
             db.migrate(address, part)
         return Database(address)
 
@@ -175,7 +175,7 @@ class Database:
             INSERT INTO icloud.devices (name, token) VALUES (%(name)s, %(digest)s)
             ON CONFLICT (token) DO UPDATE SET name = EXCLUDED.name RETURNING id
         """
-        [(device_id,)] = self.run(made, name=token, digest=db.digest(token))
+        [(device_id,)] = self.run(made, name=token, digest=db.hash_token(token))
         there = self.run("SELECT FROM icloud.send_queue WHERE device_id = %(device)s LIMIT 1", device=device_id)
         if waiting and not there:
             self.collected(device_id, waiting)

@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import db  # the product is beside this directory
 import handles
+import runtime
 import send_queue_server
-import service
 
 LISTENING = 3  # the descriptor of the inherited socket
 POOL = 4  # connections a process; 2 and 8 answer no more
@@ -52,7 +52,7 @@ def constant(listening: socket.socket) -> None:
 
 
 class Recorder:
-    """Stands in for db.Database and keeps the statement, so that a peer runs the very one that the product runs."""
+    """Stand in for db.RetryingConnection and keep the statement: a peer runs the one that the product runs."""
 
     sql = ""
 
@@ -112,7 +112,7 @@ def starlette(listening: socket.socket) -> None:
 
     async def pending(request: Request) -> Response:
         plain = token(request)
-        values = {"plain": plain, "digest": db.digest(plain), "precision": timedelta(seconds=10)}
+        values = {"plain": plain, "digest": db.hash_token(plain), "precision": timedelta(seconds=10)}
         rows = await fetch(pending_sql, pending_names, values)
         if not rows:
             return Response(status_code=401)
@@ -134,7 +134,7 @@ def starlette(listening: socket.socket) -> None:
         reason = (report.error or "the device gave no reason") if report.status == "failed" else None
         values = {
             "plain": plain,
-            "digest": db.digest(plain),
+            "digest": db.hash_token(plain),
             "id": request.path_params["queue_id"],
             "status": report.status,
             "reason": reason,
@@ -166,7 +166,7 @@ def starlette(listening: socket.socket) -> None:
 
     async def serve() -> None:
         nonlocal pool
-        service.set_up_logging()
+        runtime.set_up_logging()
         pool = await asyncpg.create_pool(os.environ["QUINN_ICLOUD_DB_URL"], min_size=POOL, max_size=POOL)
         await uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).serve(sockets=[listening])
 

@@ -2,7 +2,7 @@
 
 Run by `make demo`, which sends three batches of invented messages and checks the books, and by `make run`, which
 keeps the server and the dispatcher running for somebody with curl. The demo's PostgreSQL is in a temporary directory;
-that of `--run` is in ./pgdata, unless the environment or .env names another. Example:
+that of `--run` is in ./pgdata. Example:
 
     python demo/demo.py --clients 12
 """
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import fake_device
 
 import db
-import service
+import runtime
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -334,27 +334,33 @@ Read on in README.md. Its commands with curl and psql are for `make run`.
 
 
 def run() -> int:
-    """Keep the server and the dispatcher running over the usual databases, with their logs here, until Ctrl-C."""
-    service.load_settings()
+    """Keep the server and the dispatcher running over ./pgdata, with their logs here, until Ctrl-C."""
+    runtime.load_settings()
+    refuse_real_databases()
     os.environ["MAC_SYNC_SERVICE_TOKEN"] = os.environ.get("MAC_SYNC_SERVICE_TOKEN") or DEVELOPMENT_TOKEN
-    port = service.integer("SEND_QUEUE_PORT", 3201, highest=65_535)
+    port = runtime.env_int("SEND_QUEUE_PORT", 3201, highest=65_535)
     base_url = os.environ.get("MAC_SYNC_BASE_URL") or f"http://localhost:{port}"
     with undisturbed():
-        is_ours = not any(os.environ.get(variable) for variable in db.VARIABLES.values())
-        urls = {part: db.url(part) for part in db.VARIABLES}
-    say(f"\nThe server ({base_url}) and the dispatcher run until Ctrl-C.\n{settings(urls['quinn'])}\n")
-    if is_ours:  # a token that everybody knows has no business in other databases
-        say(commands(base_url, development_device(urls["icloud"])))
-    else:
-        say(
-            "The databases are those that QUINN_DB_URL and QUINN_ICLOUD_DB_URL name; no development device is made.\n\n"
-        )
+        url = db.url("quinn")  # of both parts
+    say(f"\nThe server ({base_url}) and the dispatcher run until Ctrl-C.\n{settings(url)}\n")
+    say(commands(base_url, development_device(url)))
     with Children() as children:
         children.launch("server", None, "send_queue_server.py")
         children.launch("dispatcher", None, "dispatcher.py", MAC_SYNC_BASE_URL=base_url)
         while True:
             children.check()
             time.sleep(0.2)
+
+
+def refuse_real_databases() -> None:
+    """Raise runtime.ConfigError if a database is named: the tokens here are public, and have no business in it."""
+    given = [variable for variable in db.URL_VARIABLES.values() if os.environ.get(variable)]
+    if given:
+        raise runtime.ConfigError(
+            "`make run` serves only its own ./pgdata, since everybody knows its tokens. Unset "
+            f"{' and '.join(given)} (in the environment or in .env), or run `python send_queue_server.py` and "
+            "`python dispatcher.py` over your databases, with a MAC_SYNC_SERVICE_TOKEN of your own"
+        )
 
 
 def settings(url: str) -> str:
@@ -456,4 +462,4 @@ def stop(number: int, _frame: object) -> NoReturn:
 
 
 if __name__ == "__main__":
-    service.run(main)
+    runtime.run_main(main)

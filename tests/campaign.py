@@ -147,7 +147,7 @@ class Round:
         self.lock = threading.Lock()
         urls = {}
         with contextlib.closing(db.connect(cluster.url)) as admin:
-            for part in db.VARIABLES:
+            for part in db.URL_VARIABLES:
                 db.query(admin, f"CREATE DATABASE {part}_{seed}")
                 urls[part] = on_database(cluster.url, f"{part}_{seed}")
                 db.migrate(urls[part], part)
@@ -170,7 +170,7 @@ class Round:
         }
         self.wires += self.statements.values()
         environment = {
-            db.VARIABLES[part]: proxy.through(url, self.statements[part]) for part, url in self.urls.items()
+            db.URL_VARIABLES[part]: proxy.through(url, self.statements[part]) for part, url in self.urls.items()
         } | {"SEND_QUEUE_PORT": str(port), "DISPATCH_INTERVAL_SECONDS": "1"}
         members = {"server": Member("server", self.path, ("send_queue_server.py",), environment)}
         for number in (1, 2):
@@ -343,7 +343,7 @@ class Round:
 
     # --- what its owner changes -----------------------------------------------------------------------
 
-    def _change(self, kind: str, sql: str, part: db.Part = "quinn", **params: Any) -> list[db.Row]:
+    def _change(self, kind: str, sql: str, part: db.DatabaseName = "quinn", **params: Any) -> list[db.Row]:
         with contextlib.closing(db.connect(self.urls[part])) as conn:
             rows = db.query(conn, sql, params)
         with self.lock:

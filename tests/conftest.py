@@ -57,9 +57,9 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def templates(postgres: str) -> Iterator[dict[db.Part, str]]:
+def templates(postgres: str) -> Iterator[dict[db.DatabaseName, str]]:
     """The names of two migrated databases to clone."""
-    names: dict[db.Part, str] = {part: f"template_{part}_{os.getpid()}" for part in db.VARIABLES}
+    names: dict[db.DatabaseName, str] = {part: f"template_{part}_{os.getpid()}" for part in db.URL_VARIABLES}
     with contextlib.closing(db.connect(postgres)) as server:
         for part, name in names.items():
             db.query(server, f"CREATE DATABASE {name}")
@@ -70,16 +70,18 @@ def templates(postgres: str) -> Iterator[dict[db.Part, str]]:
 
 
 @pytest.fixture
-def databases(postgres: str, templates: dict[db.Part, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Databases]:
+def databases(
+    postgres: str, templates: dict[db.DatabaseName, str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Databases]:
     """Two fresh databases, named in the environment as a script would find them."""
-    names = {part: f"test_{part}_{os.getpid()}_{next(numbers)}" for part in db.VARIABLES}
+    names = {part: f"test_{part}_{os.getpid()}_{next(numbers)}" for part in db.URL_VARIABLES}
     urls = {part: on_database(postgres, name) for part, name in names.items()}
     with contextlib.closing(db.connect(postgres)) as server:
         # A third of the time that the default takes; before 15 it is the only way.
         strategy = "STRATEGY file_copy" if server.server_version >= 150_000 else ""
         for part, name in names.items():
             db.query(server, f"CREATE DATABASE {name} TEMPLATE {templates[part]} {strategy}")
-            monkeypatch.setenv(db.VARIABLES[part], urls[part])
+            monkeypatch.setenv(db.URL_VARIABLES[part], urls[part])
         with (
             contextlib.closing(db.connect(urls["quinn"])) as quinn,
             contextlib.closing(db.connect(urls["icloud"])) as icloud,
@@ -197,7 +199,7 @@ def world(databases: Databases) -> World:
 @pytest.fixture
 def base_url(databases: Databases) -> Iterator[str]:
     """The send queue server on a real socket, in a thread of this process, over the test's databases."""
-    app = send_queue_server.make_app(db.Database(databases.icloud_url), SERVICE_TOKEN)
+    app = send_queue_server.make_app(db.RetryingConnection(databases.icloud_url), SERVICE_TOKEN)
     listening = send_queue_server.bound("127.0.0.1", 0)
     workers = [send_queue_server.Worker(app, listening) for _ in range(4)]
     for worker in workers:

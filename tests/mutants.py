@@ -70,10 +70,22 @@ TESTS = {
 # Of each module: what is in a statement once, and what becomes of it.
 STATEMENTS: dict[str, list[tuple[str, str]]] = {
     "db.py": [
-        (" AND relname !~ '_pkey$'", ""),
-        ("SELECT pg_advisory_xact_lock(hashtext('schema.sql'))", "SELECT 1"),
-        ("SET LOCAL statement_timeout = 0", "SET LOCAL statement_timeout = 1"),
+        ("indisvalid AND NOT indisprimary", "indisvalid"),
+        ("indisvalid AND NOT indisprimary", "NOT indisprimary"),
+        ("SELECT pg_try_advisory_lock(hashtext('schema.sql'))", "SELECT true"),
+        ('"SET statement_timeout = 0")  # an index', '"SET statement_timeout = 1")  # an index'),
         ("VALUES (%(name)s, %(digest)s)", "VALUES (%(digest)s, %(name)s)"),
+        # the devices' commands
+        ("FILTER (WHERE message.collected_at IS NULL)", ""),
+        ("AND message.status = 'queued'", ""),
+        ("         ORDER BY device.created_at, device.id\n", ""),
+        ("SET token = %(digest)s WHERE id = %(id)s", "SET token = %(digest)s WHERE id <> %(id)s"),
+        (" AND NOT EXISTS (SELECT FROM icloud.devices WHERE name = %(new_name)s)", ""),
+        ("DELETE FROM icloud.devices WHERE id = %(id)s", "DELETE FROM icloud.devices"),
+        (" OR (status = 'pending' AND claimed_at IS NOT NULL)", ""),
+        ("WHERE device_id = %(device_id)s\n           AND (batch_item_id", "WHERE (batch_item_id"),
+        (" AND status <> 'queued'))", "))"),
+        (" OR id::text = %(name)s", ""),
     ],
     "send_queue_server.py": [
         # pending
@@ -272,7 +284,7 @@ EXPECTED: dict[str, str] = {
     "send_queue_server.py: length = max(request.content_length, 1)": "there is no byte to read without a Content-Length",
     "send_queue_server.py: return socket.create_server(address[: 3], family=family)":
         "an address has two parts in IPv4; the third one of IPv6 may be there",
-    'send_queue_server.py: threads = service.integer("SEND_QUEUE_THREADS", THREADS, highest= 65)': "a limit is a choice",
+    'send_queue_server.py: threads = runtime.env_int("SEND_QUEUE_THREADS", THREADS, highest= 65)': "a limit is a choice",
     # dispatcher.py
     "dispatcher.py: db.query(quinn, sql, dict(zip(Change._fields, map(list, zip(*changes, strict=False)), strict=True)))":
         "each change has as many fields as the next",

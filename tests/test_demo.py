@@ -138,3 +138,33 @@ def test_run_keeps_server_and_dispatcher_running_until_ctrl_c_and_its_commands_w
     assert "outreach-dispatcher stopped" in output.read_text()
     assert "send-queue-server stopped" in output.read_text()
     assert left_behind(directory) == []
+
+
+@pytest.mark.parametrize("where", ["the environment", ".env"])
+@pytest.mark.parametrize("variable", ["QUINN_DB_URL", "QUINN_ICLOUD_DB_URL"])
+def test_run_refuses_to_serve_real_databases(
+    environment: dict[str, str], directory: Path, variable: str, where: str
+) -> None:
+    copy = directory / "clone"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "pgdata", "tests"))
+    for name in ("QUINN_DB_URL", "QUINN_ICLOUD_DB_URL", "MAC_SYNC_SERVICE_TOKEN"):
+        environment.pop(name, None)
+    if where == ".env":
+        (copy / ".env").write_text(f"{variable}=postgresql://127.0.0.1:1/real\n")
+    else:
+        environment[variable] = "postgresql://127.0.0.1:1/real"
+    done = subprocess.run(
+        [sys.executable, "demo/demo.py", "--run"],
+        cwd=copy,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("demo.py: `make run` serves only its own ./pgdata")
+    assert f" Unset {variable} " in done.stderr
+    assert "run `python send_queue_server.py` and `python dispatcher.py`" in done.stderr
+    assert done.stdout == ""

@@ -440,19 +440,19 @@ def test_the_number_of_statements_does_not_follow_the_number_of_batches(
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """The statements that the jobs and the server run from now on, with their parameters."""
     seen: list[tuple[str, Any]] = []
-    query, ask = db.query, db.Database.query
+    query, ask = db.query, db.RetryingConnection.query
 
     def spy(conn: Any, sql: str, params: Any = None) -> list[db.Row]:
         if not sql.startswith(("PREPARE", "EXECUTE")):  # the server's, which `spy_server` has seen
             seen.append((sql, params))
         return query(conn, sql, params)
 
-    def spy_server(database: db.Database, sql: str, params: Any = None) -> list[db.Row]:
+    def spy_server(database: db.RetryingConnection, sql: str, params: Any = None) -> list[db.Row]:
         seen.append((sql, params))
         return ask(database, sql, params)
 
     monkeypatch.setattr(db, "query", spy)
-    monkeypatch.setattr(db.Database, "query", spy_server)
+    monkeypatch.setattr(db.RetryingConnection, "query", spy_server)
     return seen
 
 
@@ -1239,12 +1239,12 @@ def test_a_statement_that_times_out_is_named(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     world.batch(clients=1)
-    monkeypatch.setitem(db.DEFAULTS, "options", "-c lock_timeout=100ms")
+    monkeypatch.setitem(db.CONNECTION_DEFAULTS, "options", "-c lock_timeout=100ms")
     with contextlib.closing(db.connect(world.databases.quinn_url)) as rival:
         rival.autocommit = False
         db.query(rival, "LOCK TABLE outreach_batches")
         assert dispatcher.run_job("sync", dispatcher.sync) is None
-    assert "sync job failed statement=release_claims error=LockNotAvailable" in caplog.text
+    assert "statement=release_claims error=LockNotAvailable" in caplog.text
 
 
 def test_a_tick_writes_its_heartbeat_also_when_its_job_fails(world: World) -> None:
@@ -1338,7 +1338,7 @@ def test_retry_makes_failed_items_pending_and_a_sent_batch_sending(
 def test_a_retry_that_cannot_reach_the_database_says_that_nothing_was_changed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for variable in db.VARIABLES.values():
+    for variable in db.URL_VARIABLES.values():
         monkeypatch.setenv(variable, "postgresql://127.0.0.1:1/away")
     assert dispatcher.main(["--retry", str(uuid.uuid4())]) == 1
     assert capsys.readouterr().err.startswith("dispatcher.py: nothing was changed: ")

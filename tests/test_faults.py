@@ -126,7 +126,7 @@ class Lab:
         logs = [device.log for device in devices]
         return history.complaints(history.Past(history.read(self.databases.quinn, self.databases.icloud), logs))
 
-    def proxies(self, fate: Fate, part: db.Part) -> tuple[proxy.Postgres, str]:
+    def proxies(self, fate: Fate, part: db.DatabaseName) -> tuple[proxy.Postgres, str]:
         url = self.databases.quinn_url if part == "quinn" else self.databases.icloud_url
         between = proxy.Postgres(proxy.behind(url), fate.meddle)
         return between, proxy.through(url, between)
@@ -138,14 +138,14 @@ class Lab:
 
 
 @pytest.fixture
-def labs(postgres: str, templates: dict[db.Part, str], tmp_path: Path) -> Iterator[list[Lab]]:
+def labs(postgres: str, templates: dict[db.DatabaseName, str], tmp_path: Path) -> Iterator[list[Lab]]:
     """As many labs as there are experiments at a time."""
     with contextlib.ExitStack() as stack:
         admin = stack.enter_context(contextlib.closing(db.connect(postgres)))
         found: list[Lab] = []
         for _ in range(WORKERS):
             urls = {}
-            for part in db.VARIABLES:
+            for part in db.URL_VARIABLES:
                 name = f"faults_{part}_{next(numbers)}"
                 db.query(admin, f"CREATE DATABASE {name} TEMPLATE {templates[part]}")
                 stack.callback(db.query, admin, f"DROP DATABASE {name} WITH (FORCE)")

@@ -3,7 +3,7 @@
 import pytest
 
 import handles
-import service
+import runtime
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_an_unreadable_number_has_its_digits_as_key() -> None:
 
 def test_an_unknown_region_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEFAULT_REGION", "UK")
-    with pytest.raises(service.Misconfigured, match="DEFAULT_REGION is 'UK': set it to a country's two letters"):
+    with pytest.raises(runtime.ConfigError, match="DEFAULT_REGION is 'UK': set it to a country's two letters"):
         handles.default_region()
 
 

@@ -331,7 +331,7 @@ class Machine(RuleBasedStateMachine):
         self.world = world
         self.model = Model()
         self.tokens: dict[str, str] = {}
-        self.wire = Wire(send_queue_server.make_app(db.Database(world.databases.icloud_url), SERVICE_TOKEN))
+        self.wire = Wire(send_queue_server.make_app(db.RetryingConnection(world.databases.icloud_url), SERVICE_TOKEN))
         self.http = requests.Session()
         self.http.mount(BASE_URL, self.wire)
         self.mac_sync = dispatcher.SendQueueClient(BASE_URL, SERVICE_TOKEN)

@@ -119,7 +119,7 @@ def check(answer: requests.Response, path: str, method: str, status: int) -> Non
 
 
 def test_the_contract_names_every_route(databases: object) -> None:
-    app = send_queue_server.make_app(db.Database(""), SERVICE_TOKEN)
+    app = send_queue_server.make_app(db.RetryingConnection(""), SERVICE_TOKEN)
     routes = {
         (route.rule.replace("<queue_id>", "{id}"), route.method) for route in app.routes if route.method != "HEAD"
     }
@@ -140,13 +140,13 @@ def test_a_failing_statement_and_a_database_that_is_away_are_answered_as_promise
     world.icloud("ALTER SCHEMA icloud RENAME TO elsewhere")
     for path, method in {(path, method) for path, method, _ in PROMISES if path != "/healthz"}:
         check(ASKED[path](api), path, method, 500)
-    monkeypatch.setattr(db.Database, "query", unavailable)
+    monkeypatch.setattr(db.RetryingConnection, "query", unavailable)
     for path, method in {(path, method) for path, method, _ in PROMISES}:
         check(ASKED[path](api), path, method, 503)
 
 
 def unavailable(*_: object) -> None:
-    raise db.Unavailable("no connection")
+    raise db.DatabaseUnavailable("no connection")
 
 
 # What \s is in ECMA's regular expressions, which clients are generated for: without the U+0085 that it has in Python's.

@@ -167,6 +167,17 @@ def test_quiet_hours_that_cannot_be_read_are_disabled_with_one_warning(
     assert "quiet hours are disabled" in caplog.text
 
 
+def test_quiet_hours_of_no_length_are_none_and_the_warning_says_how_to_stop_sending(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for _ in range(3):
+        assert pacing.quiet_hours("08:00", "8:00", None) is None
+    meant = "start and end are the same, which means no quiet hours; to stop sending use paused = true"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"quiet hours are disabled start='08:00' end='8:00' tz=None; {meant}"
+    ]
+
+
 @given(st.text(), st.text(), st.none() | st.text(st.characters(codec="utf-8", exclude_characters="\0")))
 @settings(max_examples=50)
 def test_no_text_in_the_settings_stops_a_tick(start: str, end: str, zone: str | None) -> None:

@@ -40,19 +40,19 @@ class Work(NamedTuple):
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[Statement]:
     """Each statement of the jobs (db.query) and of the server (Database.query), before it is run."""
     seen: list[Statement] = []
-    query, ask = db.query, db.Database.query
+    query, ask = db.query, db.RetryingConnection.query
 
     def spy_jobs(conn: Any, sql: str, params: Any = None) -> list[db.Row]:
         if not sql.startswith(("PREPARE", "EXECUTE")):  # the server's, which the other spy sees
             seen.append((sql, params))
         return query(conn, sql, params)
 
-    def spy_server(database: db.Database, sql: str, params: Any = None) -> list[db.Row]:
+    def spy_server(database: db.RetryingConnection, sql: str, params: Any = None) -> list[db.Row]:
         seen.append((sql, params))
         return ask(database, sql, params)
 
     monkeypatch.setattr(db, "query", spy_jobs)
-    monkeypatch.setattr(db.Database, "query", spy_server)
+    monkeypatch.setattr(db.RetryingConnection, "query", spy_server)
     return seen
 
 
@@ -201,7 +201,7 @@ def test_a_statement_prepared_over_empty_tables_keeps_a_good_plan(
     world: World, base_url: str, spied: list[Statement]
 ) -> None:
     """A fresh install prepares its statements while nothing is in the tables, and keeps these plans until ANALYZE."""
-    database = db.Database(world.databases.icloud_url)
+    database = db.RetryingConnection(world.databases.icloud_url)
     database.query("SET plan_cache_mode = force_generic_plan")
     device, other = world.device("mini"), world.device("other")
     mac = {"Authorization": "Bearer mini"}

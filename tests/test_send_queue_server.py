@@ -141,7 +141,7 @@ def test_neither_token_opens_the_other_ones_paths(base_url: str, admin: Client, 
 
 def test_a_plain_token_and_a_stored_digest_both_authenticate(world: World, base_url: str) -> None:
     device_id, token = db.add_device("with a digest")
-    assert world.icloud("SELECT token FROM icloud.devices") == [(db.digest(token),)]
+    assert world.icloud("SELECT token FROM icloud.devices") == [(db.hash_token(token),)]
     world.device(token="plain-token")
     for owner_id, known in ((device_id, token), (world.icloud("SELECT id FROM icloud.devices")[1][0], "plain-token")):
         queue_id = Client(base_url, SERVICE_TOKEN).enqueued(owner_id)
@@ -151,7 +151,7 @@ def test_a_plain_token_and_a_stored_digest_both_authenticate(world: World, base_
 
 def test_a_digest_from_a_stolen_dump_is_no_token(base_url: str, databases: object) -> None:
     _, token = db.add_device("with a digest")
-    assert Client(base_url, db.digest(token)).call("GET", PENDING).status_code == 401
+    assert Client(base_url, db.hash_token(token)).call("GET", PENDING).status_code == 401
 
 
 def test_a_device_with_an_empty_token_lets_nobody_in(world: World, base_url: str) -> None:
@@ -600,12 +600,12 @@ def test_missing_tables_are_a_500_and_the_log_says_what_to_run(
 def test_what_the_role_may_not_do_is_a_500_and_the_log_says_what_to_grant(
     admin: Client, mac_id: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    execute = db.Database._execute
+    execute = db.RetryingConnection._execute
 
-    def forbidden(self: db.Database, conn: Any, *_: object) -> list[db.Row]:
+    def forbidden(self: db.RetryingConnection, conn: Any, *_: object) -> list[db.Row]:
         return execute(self, conn, "DO $$ BEGIN RAISE SQLSTATE '42501'; END $$", None)
 
-    monkeypatch.setattr(db.Database, "_execute", forbidden)
+    monkeypatch.setattr(db.RetryingConnection, "_execute", forbidden)
     assert admin.enqueue(mac_id).status_code == 500
     assert "GRANT the tables' owner" in caplog.text
     assert "migrate" not in caplog.text
@@ -617,7 +617,7 @@ def test_a_bug_is_a_500_in_json_and_its_words_are_not_logged(
     def broken(*_: object) -> None:
         raise KeyError(WORDS)
 
-    monkeypatch.setattr(db.Database, "query", broken)
+    monkeypatch.setattr(db.RetryingConnection, "query", broken)
     assert mac.call("GET", PENDING).status_code == 500
     assert "KeyError" in caplog.text
     assert "in pending" in caplog.text

@@ -389,8 +389,73 @@ def test_a_role_that_may_not_read_is_told_what_to_grant(databases: Databases) ->
     words = "permission denied; GRANT the tables' owner to it"
     assert report.read_database("quinn", forbidden) == (
         None,
-        report.DatabaseProblem("database quinn refuses this role", words),
+        db.DatabaseProblem("database quinn refuses this role", words),
     )
+
+
+def test_a_lock_that_is_held_is_not_a_server_that_is_away(world: World) -> None:
+    impatient = f"{world.databases.quinn_url} options='-c lock_timeout=50ms'"
+    world.quinn("BEGIN")
+    world.quinn("LOCK TABLE outreach_batches IN ACCESS EXCLUSIVE MODE")
+    done = run(QUINN_DB_URL=impatient)
+    world.quinn("COMMIT")
+    assert done.returncode == 1
+    assert done.stdout.startswith("Held: database quinn is locked by another session.\n")
+    assert "canceling statement due to lock timeout; wait for it to end" in done.stdout
+    assert "start PostgreSQL" not in done.stdout
+
+
+# A statement of a look, and what is said of its error.
+FAILING = {
+    "SET LOCAL statement_timeout = 10; SELECT pg_sleep(5)": (
+        "answers too slowly", r"canceling statement due to statement timeout; see what else it does: SELECT pid.*"
+    ),
+    "DO $$ BEGIN RAISE admin_shutdown; END $$": (
+        "is shutting down or starting", r"admin_shutdown; look again in a moment.*"
+    ),
+    "DO $$ BEGIN RAISE deadlock_detected; END $$": (
+        "is locked by another session", r"deadlock_detected; wait for it to end.*"
+    ),
+    "SELECT 1 / 0": ("refuses a statement", r"division by zero; see PostgreSQL.s log"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sql", FAILING)
+def test_a_look_that_fails_says_what_it_is(databases: Databases, sql: str) -> None:
+    seen, problem = report.read_database("quinn", lambda conn: db.query(conn, sql))
+    what, remedy = FAILING[sql]
+    assert seen is None
+    assert problem
+    assert problem.what == f"database quinn {what}"
+    assert re.fullmatch(remedy, problem.remedy)
+
+
+def test_a_server_without_a_free_connection_is_not_a_server_that_is_away(databases: Databases) -> None:
+    role = f"test_role_{os.getpid()}"
+    db.query(databases.quinn, f"CREATE ROLE {role} LOGIN CONNECTION LIMIT 0")
+    try:
+        done = run(QUINN_DB_URL=f"{databases.quinn_url} user={role}")
+    finally:
+        db.query(databases.quinn, f"DROP ROLE {role}")
+    assert done.stdout.startswith("Held: database quinn has no connection left.\n")
+    assert f'too many connections for role "{role}"; close other sessions, or raise max_connections' in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        ("FATAL:  sorry, too many clients already", "has no connection left"),
+        ("FATAL:  remaining connection slots are reserved for roles", "has no connection left"),
+        ("FATAL:  the database system is shutting down", "is shutting down or starting"),
+        ("FATAL:  the database system is starting up", "is shutting down or starting"),
+        ("FATAL:  the database system is in recovery mode", "is shutting down or starting"),
+        ("FATAL:  the database system is not yet accepting connections", "is shutting down or starting"),
+        ('FATAL:  password authentication failed for user "x"', "cannot be reached"),
+    ],
+)  # fmt: skip
+def test_a_server_that_lets_nobody_in_says_why(words: str, what: str) -> None:
+    error = psycopg2.OperationalError(f'connection to server on socket "/run" failed: {words}\n')
+    assert db.diagnose(error, "icloud").what == f"database icloud {what}"
 
 
 def contents(world: World) -> list[list[db.Row]]:
@@ -418,12 +483,12 @@ def test_nothing_is_written(world: World) -> None:
 
 
 def test_its_session_refuses_a_write(databases: Databases) -> None:
-    for part in db.VARIABLES:
+    for part in db.URL_VARIABLES:
         with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction):
             refused(part)
 
 
-def refused(part: db.Part) -> None:
+def refused(part: db.DatabaseName) -> None:
     errors: list[psycopg2.Error] = []
 
     def write(conn: Any) -> None:
@@ -535,6 +600,26 @@ def test_invalid_quiet_hours_are_warned_of_once(world: World) -> None:
     done = run()
     assert done.stdout.count("quiet hours are disabled") == 1
     assert done.stderr == ""
+
+
+def test_quiet_hours_of_no_length_are_warned_of_and_it_is_said_how_to_stop_sending(world: World) -> None:
+    alive(world)
+    sending(world)
+    world.settings(quiet_hours_start="08:00", quiet_hours_end="8:00")
+    done = run()
+    assert done.stdout.startswith("Sending: next item of batch ")
+    assert done.returncode == 1
+    assert "Warning: quiet hours are disabled: start='08:00' end='8:00' tz=None; start and end are the same, which" in (
+        done.stdout
+    )
+    assert "which means no quiet hours; to stop sending use paused = true.\n" in done.stdout
+
+
+@pytest.mark.parametrize(("count", "kept"), [(1, "1 message"), (2, "2 messages")])
+def test_a_late_device_is_warned_of(world: World, count: int, kept: str) -> None:
+    alive(world)
+    in_flight(world, count, seen=3 * 3600)
+    assert report.report(INTERVAL).warnings == [f"device 'mac-mini', last seen 3 h ago, keeps {kept} waiting"]
 
 
 # --- the forecast of a draft --------------------------------------------------------------------------

@@ -16,8 +16,8 @@ import requests
 import waitress.adjustments
 from conftest import ROOT, SERVICE_TOKEN, Databases, Script, World
 
+import runtime
 import send_queue_server
-import service
 
 INSTALLED = "/opt/send-queue/"
 UNITS = sorted((ROOT / "systemd").glob("*.service"))
@@ -137,14 +137,14 @@ def test_the_socket_holds_the_servers_default_address_from_boot_on(monkeypatch: 
 
     addresses: list[str] = []
     monkeypatch.setattr(send_queue_server, "bound", bound)
-    monkeypatch.setattr(service, "load_settings", lambda: None)
-    monkeypatch.setattr(service, "set_up_logging", lambda: None)
+    monkeypatch.setattr(runtime, "load_settings", lambda: None)
+    monkeypatch.setattr(runtime, "set_up_logging", lambda: None)
     monkeypatch.setenv("MAC_SYNC_SERVICE_TOKEN", SERVICE_TOKEN)
     for name in ("QUINN_DB_URL", "QUINN_ICLOUD_DB_URL"):
         monkeypatch.setenv(name, "postgresql://nowhere")
     for name in ("SEND_QUEUE_HOST", "SEND_QUEUE_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(service.Misconfigured, match="cannot listen"):
+    with pytest.raises(runtime.ConfigError, match="cannot listen"):
         send_queue_server.main([])
     assert addresses == [section(SOCKET, "Socket")["ListenStream"]]
     assert section(SOCKET, "Install")["WantedBy"] == "sockets.target"

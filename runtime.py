@@ -2,7 +2,7 @@
 
 Used by every script's main(); touches no table. Example:
 
-    service.load_settings(); service.set_up_logging(); service.notify("READY=1")
+    runtime.load_settings(); runtime.set_up_logging(); runtime.sd_notify("READY=1")
 """
 
 import logging
@@ -21,7 +21,7 @@ UUID = re.compile("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 logger = logging.getLogger(__name__)
 
 
-class Misconfigured(Exception):
+class ConfigError(Exception):
     """A setting is missing or unusable. The message names it and says what to do."""
 
 
@@ -31,22 +31,22 @@ def load_settings() -> None:
     try:
         dotenv.load_dotenv(path)
     except PermissionError:
-        raise Misconfigured(f"{path} cannot be read: run this as a user who may read it, such as sendqueue") from None
+        raise ConfigError(f"{path} cannot be read: run this as a user who may read it, such as sendqueue") from None
 
 
-def integer(name: str, default: int, lowest: int = 1, highest: int = 86_400) -> int:
-    """The whole number in environment variable `name`. Raises Misconfigured outside lowest..highest."""
+def env_int(name: str, default: int, lowest: int = 1, highest: int = 86_400) -> int:
+    """The whole number in environment variable `name`. Raises ConfigError outside lowest..highest."""
     text = os.environ.get(name) or str(default)
     if not re.fullmatch(r"[0-9]{1,9}", text) or not lowest <= int(text) <= highest:
-        raise Misconfigured(f"{name} is {text!r}: set it to a whole number from {lowest} to {highest}")
+        raise ConfigError(f"{name} is {text!r}: set it to a whole number from {lowest} to {highest}")
     return int(text)
 
 
 def service_token() -> str | None:
-    """MAC_SYNC_SERVICE_TOKEN, None when unset. Raises Misconfigured when it cannot serve as a bearer token."""
+    """MAC_SYNC_SERVICE_TOKEN, None when unset. Raises ConfigError when it cannot serve as a bearer token."""
     token = os.environ.get("MAC_SYNC_SERVICE_TOKEN") or None
     if token and (len(token) < TOKEN_LENGTH or not re.fullmatch("[!-~]+", token)):
-        raise Misconfigured(
+        raise ConfigError(
             f"MAC_SYNC_SERVICE_TOKEN must have at least {TOKEN_LENGTH} characters, all of them visible ASCII: "
             "make one with `openssl rand -hex 24` and set it for both the server and the dispatcher"
         )
@@ -64,12 +64,12 @@ class JournalFormatter(logging.Formatter):
 
 
 def set_up_logging() -> None:
-    """Log to stderr at LOG_LEVEL. Raises Misconfigured when that names no level."""
+    """Log to stderr at LOG_LEVEL. Raises ConfigError when that names no level."""
     level = (os.environ.get("LOG_LEVEL") or "INFO").upper()
     if level not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
-        raise Misconfigured(f"LOG_LEVEL is {level!r}: set it to DEBUG, INFO, WARNING or ERROR")
+        raise ConfigError(f"LOG_LEVEL is {level!r}: set it to DEBUG, INFO, WARNING or ERROR")
     handler = logging.StreamHandler()
-    if os.environ.get("JOURNAL_STREAM"):
+    if _logs_to_the_journal():
         handler.setFormatter(JournalFormatter("%(message)s"))
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -78,7 +78,19 @@ def set_up_logging() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def notify(state: str) -> None:
+def _logs_to_the_journal() -> bool:
+    """Whether stderr is the journal's: JOURNAL_STREAM has its device and inode number (systemd.exec(5)).
+
+    The variable alone says little: a shell that a service started hands it on, to programs on a terminal, too.
+    """
+    try:
+        status = os.fstat(2)
+    except OSError:  # closed
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def sd_notify(state: str) -> None:
     """Tell systemd `state` (sd_notify(3): READY=1, WATCHDOG=1, STOPPING=1); nothing when not run by it."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
@@ -95,14 +107,14 @@ def is_uuid(text: object) -> bool:
     return isinstance(text, str) and UUID.fullmatch(text) is not None
 
 
-def run(main: Callable[[], int]) -> None:
+def run_main(main: Callable[[], int]) -> None:
     """Exit with main()'s status; with 2 and one sentence on stderr where it is misconfigured."""
     try:
         sys.exit(main())
-    except Misconfigured as problem:
+    except ConfigError as problem:
         sys.exit(_complain(problem))
 
 
-def _complain(problem: Misconfigured) -> int:
+def _complain(problem: ConfigError) -> int:
     sys.stderr.write(f"{Path(sys.argv[0]).name}: {problem}\n")
     return 2

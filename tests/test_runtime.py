@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import service
+import runtime
 
 
 @pytest.fixture
@@ -29,37 +29,37 @@ def logs() -> Iterator[None]:
 @pytest.mark.parametrize(("text", "number"), [("", 30), ("1", 1), ("86400", 86_400), ("007", 7)])
 def test_a_whole_number_is_read(monkeypatch: pytest.MonkeyPatch, text: str, number: int) -> None:
     monkeypatch.setenv("DISPATCH_INTERVAL_SECONDS", text)
-    assert service.integer("DISPATCH_INTERVAL_SECONDS", 30) == number
+    assert runtime.env_int("DISPATCH_INTERVAL_SECONDS", 30) == number
     monkeypatch.delenv("DISPATCH_INTERVAL_SECONDS")
-    assert service.integer("DISPATCH_INTERVAL_SECONDS", 30) == 30
+    assert runtime.env_int("DISPATCH_INTERVAL_SECONDS", 30) == 30
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "86401", "1.5", "30s", " 30", "٣", "9" * 5000])
 def test_what_is_no_such_number_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("DISPATCH_INTERVAL_SECONDS", text)
-    with pytest.raises(service.Misconfigured, match=r"^DISPATCH_INTERVAL_SECONDS is .*from 1 to 86400"):
-        service.integer("DISPATCH_INTERVAL_SECONDS", 30)
+    with pytest.raises(runtime.ConfigError, match=r"^DISPATCH_INTERVAL_SECONDS is .*from 1 to 86400"):
+        runtime.env_int("DISPATCH_INTERVAL_SECONDS", 30)
 
 
 def test_the_service_token_has_sixteen_visible_characters_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MAC_SYNC_SERVICE_TOKEN", raising=False)
-    assert service.service_token() is None
+    assert runtime.service_token() is None
     monkeypatch.setenv("MAC_SYNC_SERVICE_TOKEN", "")
-    assert service.service_token() is None
+    assert runtime.service_token() is None
     monkeypatch.setenv("MAC_SYNC_SERVICE_TOKEN", "x" * 16)
-    assert service.service_token() == "x" * 16
+    assert runtime.service_token() == "x" * 16
     for bad in ("x" * 15, "x" * 16 + "\n", "x x" * 16, "é" * 16):
         monkeypatch.setenv("MAC_SYNC_SERVICE_TOKEN", bad)
-        with pytest.raises(service.Misconfigured, match=r"^MAC_SYNC_SERVICE_TOKEN must have at least 16") as refusal:
-            service.service_token()
+        with pytest.raises(runtime.ConfigError, match=r"^MAC_SYNC_SERVICE_TOKEN must have at least 16") as refusal:
+            runtime.service_token()
         assert bad not in str(refusal.value)
 
 
 def test_the_environment_wins_over_the_file_beside_the_scripts(tmp_path: Path) -> None:
-    (tmp_path / "service.py").write_text((ROOT / "service.py").read_text())
+    (tmp_path / "runtime.py").write_text((ROOT / "runtime.py").read_text())
     (tmp_path / ".env").write_text("LOG_LEVEL=DEBUG\nMAC_SYNC_BASE_URL=http://file\n")
     code = (
-        "import os, service; service.load_settings(); print(os.environ['LOG_LEVEL'], os.environ['MAC_SYNC_BASE_URL'])"
+        "import os, runtime; runtime.load_settings(); print(os.environ['LOG_LEVEL'], os.environ['MAC_SYNC_BASE_URL'])"
     )
     environment = {name: value for name, value in os.environ.items() if name not in ("LOG_LEVEL", "MAC_SYNC_BASE_URL")}
     done = subprocess.run(
@@ -73,19 +73,36 @@ def test_the_environment_wins_over_the_file_beside_the_scripts(tmp_path: Path) -
     assert done.stdout == "ERROR http://file\n"
 
 
-def test_lines_for_the_journal_begin_with_their_priority(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], logs: None
-) -> None:
-    monkeypatch.setenv("JOURNAL_STREAM", "8:12345")
-    monkeypatch.setenv("LOG_LEVEL", "debug")
-    service.set_up_logging()
-    for level in (logging.CRITICAL, logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG):
-        logging.getLogger("any").log(level, "event key=%d", level)
-    logging.getLogger("any").error("two\nlines")
-    assert capsys.readouterr().err.splitlines() == [
+LOG = """
+import logging, os, runtime
+where = os.fstat(2)
+os.environ["JOURNAL_STREAM"] = os.environ["JOURNAL_STREAM"].format(device=where.st_dev, inode=where.st_ino)
+runtime.set_up_logging()
+for level in (logging.CRITICAL, logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG):
+    logging.getLogger("any").log(level, "event key=%d", level)
+logging.getLogger("any").error("two\\nlines")
+"""
+
+
+def logged(journal_stream: str) -> list[str]:
+    """What a process logs whose JOURNAL_STREAM is this, with its stderr's `{device}` and `{inode}`."""
+    environment = {**os.environ, "JOURNAL_STREAM": journal_stream, "LOG_LEVEL": "debug"}
+    done = subprocess.run(
+        [sys.executable, "-c", LOG], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stderr.splitlines()
+
+
+def test_lines_for_the_journal_begin_with_their_priority() -> None:
+    assert logged("{device}:{inode}") == [
         "<3>event key=50", "<3>event key=40", "<4>event key=30", "<6>event key=20", "<7>event key=10",
         "<3>two", "<3>lines",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("other", ["{device}:1", "1:{inode}", "8:12345", "{device}:{inode}0", "", "nonsense"])
+def test_a_journal_stream_that_is_not_stderr_s_is_another_program_s(other: str) -> None:
+    assert not [line for line in logged(other) if line.startswith("<")]
 
 
 def test_lines_for_a_terminal_begin_with_time_and_level(
@@ -93,7 +110,7 @@ def test_lines_for_a_terminal_begin_with_time_and_level(
 ) -> None:
     monkeypatch.delenv("JOURNAL_STREAM", raising=False)
     monkeypatch.delenv("LOG_LEVEL", raising=False)
-    service.set_up_logging()
+    runtime.set_up_logging()
     logging.getLogger("any").info("event")
     logging.getLogger("any").debug("not at this level")
     logging.getLogger("urllib3").info("every connection")
@@ -104,8 +121,8 @@ def test_lines_for_a_terminal_begin_with_time_and_level(
 
 def test_a_log_level_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOG_LEVEL", "loud")
-    with pytest.raises(service.Misconfigured, match="LOG_LEVEL is 'LOUD'"):
-        service.set_up_logging()
+    with pytest.raises(runtime.ConfigError, match="LOG_LEVEL is 'LOUD'"):
+        runtime.set_up_logging()
 
 
 @pytest.mark.parametrize("kind", ["a path", "an abstract name"])
@@ -115,7 +132,7 @@ def test_systemd_is_told_over_its_socket(monkeypatch: pytest.MonkeyPatch, tmp_pa
         systemd.bind(address.replace("@", "\0"))
         systemd.settimeout(5)
         monkeypatch.setenv("NOTIFY_SOCKET", address)
-        service.notify("READY=1")
+        runtime.sd_notify("READY=1")
         assert systemd.recv(100) == b"READY=1"
 
 
@@ -123,10 +140,10 @@ def test_without_systemd_nobody_is_told_and_a_broken_socket_is_a_warning(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
-    service.notify("READY=1")
+    runtime.sd_notify("READY=1")
     assert not caplog.records
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
-    service.notify("READY=1")
+    runtime.sd_notify("READY=1")
     assert "systemd could not be notified" in caplog.text
 
 
@@ -134,11 +151,11 @@ def test_a_misconfigured_script_says_one_sentence_and_exits_with_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def main() -> int:
-        raise service.Misconfigured("SETTING is not set: set it")
+        raise runtime.ConfigError("SETTING is not set: set it")
 
     monkeypatch.setattr(sys, "argv", ["/opt/send-queue/script.py"])
     with pytest.raises(SystemExit, match=r"^2$"):
-        service.run(main)
+        runtime.run_main(main)
     assert capsys.readouterr().err == "script.py: SETTING is not set: set it\n"
     with pytest.raises(SystemExit, match=r"^0$"):
-        service.run(lambda: 0)
+        runtime.run_main(lambda: 0)
