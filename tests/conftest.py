@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,11 +19,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import psycopg2.extensions
 import pytest
-import waitress.wasyncore
 
 import db
 import dispatcher
 import send_queue_server
+import serving
 
 SERVICE_TOKEN = "service-token-0123456789"
 ROOT = Path(__file__).parent.parent
@@ -200,17 +201,14 @@ def world(databases: Databases) -> World:
 def base_url(databases: Databases) -> Iterator[str]:
     """The send queue server on a real socket, in a thread of this process, over the test's databases."""
     app = send_queue_server.make_app(db.RetryingConnection(databases.icloud_url), SERVICE_TOKEN)
-    listening = send_queue_server.bound("127.0.0.1", 0)
-    workers = [send_queue_server.Worker(app, listening) for _ in range(4)]
-    for worker in workers:
-        worker.start()
+    listening = serving.listen("127.0.0.1", 0)
+    server = serving.Server(app, [listening], threads=4)
+    thread = threading.Thread(target=server.run)
+    thread.start()
     yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    listening.close()
-    for worker in workers:
-        worker.stop()
-    for worker in workers:
-        worker.join()
-        waitress.wasyncore.close_all(worker.channels)
+    server.stop()
+    thread.join()
+    server.close()
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Mutation testing: small damage to the product, one at a time, each of which some test must notice.
 
-Run by `make mutants`. cosmic-ray damages the Python of three modules; STATEMENTS lists the damage to their SQL,
+Run by `make mutants`. cosmic-ray damages the Python of five modules; STATEMENTS lists the damage to their SQL,
 which it does not read. Each mutant is tested in a copy of the tree, over one PostgreSQL for all. Prints every mutant
 that no test notices; exits with 1 when one of them is not among the EXPECTED. Example:
 
@@ -44,20 +44,21 @@ OPERATORS = re.compile(
 )
 LEFT_OUT = shutil.ignore_patterns(".*", "pgdata", "*.egg-info", "__pycache__")
 
+SERVER_TESTS = [
+    "tests/test_send_queue_server.py",
+    # Its second PostgreSQL and those of the other workers would disturb one another.
+    "--deselect=tests/test_send_queue_server.py::"
+    "test_postgresql_killed_under_load_is_a_503_until_it_is_back_and_costs_no_message",
+    "tests/test_input.py",
+    "tests/test_openapi.py",
+    "tests/test_systemd.py",
+]
+
 # Which tests judge a module.
 TESTS = {
     "db.py": ["tests/test_db.py"],
-    "send_queue_server.py": [
-        "tests/test_connections.py",
-        "tests/test_send_queue_server.py",
-        # Its second PostgreSQL and those of the other workers would disturb one another.
-        "--deselect=tests/test_send_queue_server.py::"
-        "test_postgresql_killed_under_load_is_a_503_until_it_is_back_and_costs_no_message",
-        "tests/test_input.py",
-        "tests/test_openapi.py",
-        "tests/test_systemd.py",
-        "tests/test_restart.py",
-    ],
+    "send_queue_server.py": SERVER_TESTS,
+    "serving.py": ["tests/test_connections.py", *SERVER_TESTS, "tests/test_restart.py"],
     "dispatcher.py": ["tests/test_invariants.py", "tests/test_dispatcher.py", "tests/test_systemd.py"],
     "pacing.py": [
         "tests/test_pacing.py",
@@ -69,6 +70,7 @@ TESTS = {
 
 # Of each module: what is in a statement once, and what becomes of it.
 STATEMENTS: dict[str, list[tuple[str, str]]] = {
+    "serving.py": [],
     "db.py": [
         ("indisvalid AND NOT indisprimary", "indisvalid"),
         ("indisvalid AND NOT indisprimary", "NOT indisprimary"),
@@ -267,24 +269,10 @@ EXPECTED: dict[str, str] = {
         "what is computed anew is the same; the wheel itself knows a server that it has started",
     # send_queue_server.py
     "send_queue_server.py: without ORDER BY created_at, page.id": "`page` has that order, and no plan of a join with it mixes it",
-    "send_queue_server.py: return bool(self.requests) and self.total_outbufs_len <= UNREAD_LIMIT": "a byte more",
-    "send_queue_server.py: if now <= self.next_sweep:": "an instant later",
-    "send_queue_server.py: if channel.last_activity <= now - SILENCE_LIMIT and not channel.waits():": "an instant earlier",
-    "send_queue_server.py: self.next_sweep = 1.0  # as time.time() has it": "in 1970, too",
-    "send_queue_server.py: while self.server.active_channels and time.monotonic() - start <= SHUTDOWN_LIMIT:": "an instant later",
-    "send_queue_server.py: while self.server.active_channels or time.monotonic() - start < SHUTDOWN_LIMIT:":
-        "a stop without clients takes its second of silence, too",
-    "send_queue_server.py: or (channel.request and time.time() - channel.last_activity <= SHUTDOWN_SILENCE)": "an instant later",
-    "send_queue_server.py: if not busy and time.monotonic() - start >= SHUTDOWN_SILENCE:": "an instant earlier",
-    "send_queue_server.py: end = time.monotonic() + SHUTDOWN_LIMIT - 1": "a second less of patience, which the workers need not use",
-    "send_queue_server.py: end = time.monotonic() + SHUTDOWN_LIMIT + 2": "a second more, still less than systemd's",
-    "send_queue_server.py: worker.join(max( 1.0, end - time.monotonic()))": "a second more, still less than systemd's",
-    "send_queue_server.py: self.turn(timeout= 2)": "a wait that any client's bytes end",
-    "send_queue_server.py: self.turn(timeout= 1.05)": "a wait that any client's bytes end",
-    "send_queue_server.py: length = max(request.content_length, 1)": "there is no byte to read without a Content-Length",
-    "send_queue_server.py: return socket.create_server(address[: 3], family=family)":
+    "serving.py: length = max(request.content_length, 1)": "there is no byte to read without a Content-Length",
+    "serving.py: return socket.create_server(address[: 3], family=family)":
         "an address has two parts in IPv4; the third one of IPv6 may be there",
-    'send_queue_server.py: threads = runtime.env_int("SEND_QUEUE_THREADS", THREADS, highest= 65)': "a limit is a choice",
+    'send_queue_server.py: threads = runtime.env_int("SEND_QUEUE_THREADS", serving.THREADS, highest= 65)': "a limit is a choice",
     # dispatcher.py
     "dispatcher.py: db.query(quinn, sql, dict(zip(Change._fields, map(list, zip(*changes, strict=False)), strict=True)))":
         "each change has as many fields as the next",

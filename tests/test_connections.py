@@ -1,56 +1,70 @@
-"""What clients do to the server's threads below HTTP: silence, haste, urgent data, too many of them at once."""
+"""What clients do to a server below HTTP: silence, haste, urgent data, too many of them at once."""
 
+import contextlib
 import os
+import resource
+import selectors
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import bottle
 import pytest
-import waitress
-from conftest import ROOT, SERVICE_TOKEN, Databases, Script, until
+import requests
+from conftest import ROOT, SERVICE_TOKEN, Databases, Script, World, until
 
+import db
 import send_queue_server
+import serving
 
 QUICK = b"GET /quick HTTP/1.1\r\nHost: here\r\n\r\n"
-SLOW, SLOWER, BIG = (QUICK.replace(b"/quick", path) for path in (b"/slow", b"/slower", b"/big"))
+SLOW, BIG = (QUICK.replace(b"/quick", path) for path in (b"/slow", b"/big"))
 WORDS = "what an error quotes of a message"
-began = threading.Event()  # set when a slow request runs
+
+
+class Small(serving.Server):
+    """The server of a small application, and how often it has waited for clients."""
+
+    turns = 0
+
+    def _turn(self, timeout: float) -> None:
+        self.turns += 1
+        super()._turn(timeout)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.servers[0].effective_port), timeout=10)
+
+    def get(self, path: str) -> requests.Response:
+        return requests.get(f"http://127.0.0.1:{self.servers[0].effective_port}{path}", timeout=10)
 
 
 @pytest.fixture
-def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[send_queue_server.Worker]:
-    """A thread of the server over a small application, for which two seconds are a long silence."""
-    monkeypatch.setattr(send_queue_server, "SILENCE_LIMIT", 2)
-    monkeypatch.setattr(send_queue_server, "SWEEP_PAUSE", 0.1)
-
-    def slow(seconds: float) -> str:
-        began.set()
-        time.sleep(seconds)
-        return "slow"
-
-    began.clear()
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Small]:
+    """A server for which a second is a long time."""
+    monkeypatch.setattr(serving, "CLIENT_TIMEOUT", 1)
+    monkeypatch.setattr(serving, "CHECK_INTERVAL", 0.1)
     app = bottle.Bottle()
     app.route("/quick", callback=lambda: "quick")
-    app.route("/slow", callback=lambda: slow(0.5))
-    app.route("/slower", callback=lambda: slow(3))
+    app.route("/slow", callback=slow)
     app.route("/big", callback=lambda: b"x" * 8_000_000)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        made = send_queue_server.Worker(app, listening)
-        made.start()
-        yield made
-    made.stop()
-    made.join()
-    waitress.wasyncore.close_all(made.channels)
+    server = Small(app, [serving.listen("127.0.0.1", 0)], threads=4)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    yield server
+    server.stop()
+    thread.join()
+    server.close()
 
 
-def connect(worker: send_queue_server.Worker) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", worker.server.effective_port), timeout=10)
+def slow() -> str:
+    time.sleep(1.5)  # what makes it slow
+    return "slow"
 
 
 def ends(connection: socket.socket) -> bool:
@@ -61,165 +75,328 @@ def ends(connection: socket.socket) -> bool:
         return True
 
 
-def test_a_request_that_comes_while_the_thread_is_held_up_is_answered(worker: send_queue_server.Worker) -> None:
-    with connect(worker) as first, connect(worker) as second:
-        second.sendall(QUICK)
-        assert second.recv(65_536).endswith(b"quick")
-        first.sendall(SLOWER)
-        assert began.wait(10)
-        second.sendall(QUICK)  # when it is read, its connection will have been silent for longer than the limit
-        assert first.recv(65_536).endswith(b"slow")
-        assert second.recv(65_536).endswith(b"quick")
-
-
-def test_a_connection_that_says_nothing_is_closed(worker: send_queue_server.Worker) -> None:
-    with connect(worker) as silent, connect(worker) as half:
+def test_a_request_that_does_not_come_whole_in_time_is_closed_also_if_it_never_pauses(small: Small) -> None:
+    with small.connect() as silent, small.connect() as half, small.connect() as trickling, small.connect() as idle:
         half.sendall(QUICK[:-4])
+        idle.sendall(QUICK)
+        assert idle.recv(65_536).endswith(b"quick")
         begin = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - begin < 5:
+                trickling.sendall(b"G")
+                time.sleep(0.1)  # its pace
+        assert 0.9 < time.monotonic() - begin < 2
         assert ends(silent)
         assert ends(half)
-        assert 1.5 < time.monotonic() - begin < 5
+        assert ends(idle)
+        assert time.monotonic() - begin < 2
 
 
-def test_a_client_that_never_reads_its_answers_is_closed(worker: send_queue_server.Worker) -> None:
-    with connect(worker) as one, connect(worker) as many:
+def test_a_request_may_run_for_longer_than_a_client_may_take(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = small.servers[0]
+    wake = server.pull_trigger
+
+    def wake_and_dawdle() -> None:
+        """Let the main thread look at the connection before the other one has done all that it does at the end."""
+        wake()
+        time.sleep(0.3)
+
+    monkeypatch.setattr(server, "pull_trigger", wake_and_dawdle)
+    monkeypatch.setattr(serving, "CHECK_INTERVAL", 0)
+    with small.connect() as connection:
+        connection.sendall(SLOW)
+        assert connection.recv(65_536).endswith(b"slow")
+        connection.sendall(QUICK)
+        assert connection.recv(65_536).endswith(b"quick")
+
+
+def test_a_client_that_does_not_read_its_responses_is_closed(small: Small) -> None:
+    with small.connect() as one, small.connect() as many:
         one.sendall(BIG)
         many.sendall(BIG * 3)
-        until(lambda: len(worker.server.active_channels) == 2)
-        until(lambda: not worker.server.active_channels)
+        until(lambda: len(small.servers[0].active_channels) == 2)
+        until(lambda: not small.servers[0].active_channels, seconds=5)
 
 
-def test_one_that_sends_many_requests_at_once_lets_the_others_have_their_turns(
-    worker: send_queue_server.Worker,
-) -> None:
-    with connect(worker) as greedy, connect(worker) as other:
-        greedy.sendall(SLOW * 8)
-        assert began.wait(10)
+def test_of_requests_sent_at_once_each_response_goes_out_when_it_is_there(small: Small) -> None:
+    with small.connect() as greedy:
         begin = time.monotonic()
-        other.sendall(QUICK)
-        assert other.recv(65_536).endswith(b"quick")
-        assert time.monotonic() - begin < 2, "after two of the eight at most"
-        answers = b""
-        while answers.count(b"slow") < 8:
-            answers += greedy.recv(65_536)
+        greedy.sendall(QUICK + SLOW + SLOW)
+        turns = small.turns
+        assert greedy.recv(65_536).endswith(b"quick")
+        assert [small.get("/quick").text for _ in range(20)] == ["quick"] * 20, "they take one thread of four"
+        assert time.monotonic() - begin < 1
+        assert greedy.recv(65_536).endswith(b"slow")
+        assert greedy.recv(65_536).endswith(b"slow")
+        assert small.turns - turns < 300, "the main thread waited meanwhile"
 
 
-def test_urgent_data_ends_the_connection_and_is_no_news(
-    worker: send_queue_server.Worker, caplog: pytest.LogCaptureFixture
-) -> None:
-    with connect(worker) as urgent:
+def test_urgent_data_ends_the_connection_and_is_no_news(small: Small, caplog: pytest.LogCaptureFixture) -> None:
+    with small.connect() as urgent:
         urgent.send(b"!", socket.MSG_OOB)
         assert ends(urgent)
     assert not caplog.records
 
 
 @pytest.mark.parametrize("rest", ["", "Content-Length: x\r\n"])
-def test_a_promise_of_a_body_that_does_not_come_is_not_waited_for(worker: send_queue_server.Worker, rest: str) -> None:
-    with connect(worker) as connection:
+def test_a_promise_of_a_body_that_does_not_come_is_not_waited_for(small: Small, rest: str) -> None:
+    with small.connect() as connection:
         connection.sendall(f"GET /quick HTTP/1.1\r\nExpect: 100-continue\r\n{rest}\r\n".encode())
-        answer = connection.recv(65_536)
-        assert answer.startswith(b"HTTP/1.1 400" if rest else b"HTTP/1.1 200")
+        response = connection.recv(65_536)
+        assert response.startswith(b"HTTP/1.1 400" if rest else b"HTTP/1.1 200")
 
 
-def test_a_failure_of_one_connection_is_not_the_others(
-    worker: send_queue_server.Worker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    service = send_queue_server.Channel.service
+def test_a_failure_in_reading_one_connection_ends_no_other(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
 
-    def fails_for_slow(channel: send_queue_server.Channel) -> None:
-        if channel.requests[0].path == "/slow":
-            raise OSError(WORDS)
-        service(channel)
-
-    monkeypatch.setattr(send_queue_server.Channel, "service", fails_for_slow)
-    with connect(worker) as good, connect(worker) as bad:
-        bad.sendall(SLOW)
-        assert ends(bad)
+    with small.connect() as good, small.connect() as bad:
         good.sendall(QUICK)
         assert good.recv(65_536).endswith(b"quick")
-    assert "a connection failed, and is closed error=OSError" in caplog.text
-    assert WORDS not in caplog.text
+        with monkeypatch.context() as patch:
+            patch.setattr(serving.Parser, "received", fail)
+            bad.sendall(QUICK)
+            assert ends(bad)
+        good.sendall(QUICK)
+        assert good.recv(65_536).endswith(b"quick")
 
 
-def test_an_application_that_fails_as_a_whole_is_a_500_in_json(worker: send_queue_server.Worker) -> None:
-    worker.server.application = lambda *_: 1 / 0
-    with connect(worker) as connection:
-        connection.sendall(QUICK)
-        with connection.makefile("rb") as stream:
-            answer = stream.read()
-    assert answer.startswith(b"HTTP/1.1 500")
-    assert answer.endswith(b'{"success":false,"error":"the server failed; its log names the error"}')
+def test_an_application_that_fails_as_a_whole_is_a_500_in_json_and_its_words_are_not_logged(
+    start: Callable[..., Script],
+) -> None:
+    code = f"""
+import runtime, serving
+def broken(error):
+    raise RuntimeError({WORDS!r})
+runtime.set_up_logging()
+app = serving.make_app("A_URL")
+app.error(404, broken)
+serving.serve("a-server", app, [serving.listen("127.0.0.1", 0)], threads=1)
+"""
+    script = start("-c", code)
+    response = requests.get(f"http://127.0.0.1:{script.port()}/", timeout=10)
+    assert response.status_code == 500
+    assert response.json() == {"success": False, "error": "the server failed; its log names the error"}
+    log = script.log.read_text()
+    assert "error=RuntimeError" in log
+    assert "in broken" in log
+    assert WORDS not in log
+    assert script.end() == 0
 
 
-def test_a_server_whose_listening_socket_is_gone_ends_so_that_it_is_started_again(start: Callable[..., Script]) -> None:
-    broken = """
-import send_queue_server
+def test_a_server_that_loses_its_listening_socket_ends_so_that_it_is_started_again(
+    databases: Databases, start: Callable[..., Script]
+) -> None:
+    code = """
+import send_queue_server, serving, sys
 def out_of_memory(*_):
     raise MemoryError
-send_queue_server.Channel.__init__ = out_of_memory
-send_queue_server.main([])
+serving.Channel.__init__ = out_of_memory
+sys.exit(send_queue_server.main([]))
 """
-    script = start(
-        "-c", broken, SEND_QUEUE_PORT="0", QUINN_ICLOUD_DB_URL="postgresql://x", QUINN_DB_URL="postgresql://x"
-    )
+    script = start("-c", code, SEND_QUEUE_PORT="0")
     with socket.create_connection(("127.0.0.1", script.port()), timeout=10):
         assert script.process.wait(10) == 1
-    assert "waitress has closed the listening socket" in script.log.read_text()
-    assert "a thread failed, so the server stops error=RuntimeError" in script.log.read_text()
+    assert "send-queue-server lost a listening socket" in script.log.read_text()
 
 
-def test_a_descriptor_beyond_what_select_can_take_is_served(start: Callable[..., Script], databases: Databases) -> None:
-    crowded = """
+def test_a_descriptor_beyond_what_select_can_take_is_served(databases: Databases, start: Callable[..., Script]) -> None:
+    code = """
 import os, resource, send_queue_server
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (2048, hard))
 many = [os.dup(0) for _ in range(1100)]
 send_queue_server.main([])
 """
-    script = start("-c", crowded, SEND_QUEUE_PORT="0")
-    with socket.create_connection(("127.0.0.1", script.port()), timeout=10) as connection:
-        connection.sendall(QUICK)
-        assert connection.recv(65_536).startswith(b"HTTP/1.1 404")
+    script = start("-c", code, SEND_QUEUE_PORT="0")
+    assert requests.get(f"http://127.0.0.1:{script.port()}/", timeout=10).status_code == 404
 
 
-def test_two_sockets_share_the_number_of_connections(tmp_path: Path, databases: Databases) -> None:
-    """systemd hands on both of two ListenStream= lines."""
-    limited = "import send_queue_server; send_queue_server.CONNECTION_LIMIT = 16; send_queue_server.main([])"
+def test_all_sockets_that_systemd_passes_on_are_served(databases: Databases) -> None:
+    """One for each ListenStream= line of the unit."""
     hand_on = 'LISTEN_PID=$$ LISTEN_FDS=2 exec "$@" 3<&0 4<&1 </dev/null >/dev/null'
-    log = tmp_path / "server.log"
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
-        with log.open("wb") as stderr:
-            process = subprocess.Popen(
-                ["/bin/sh", "-c", hand_on, "sh", sys.executable, "-c", limited],
-                cwd=ROOT,
-                env={**os.environ, "MAC_SYNC_SERVICE_TOKEN": SERVICE_TOKEN, "SEND_QUEUE_THREADS": "1"},
-                stdin=sockets[0].fileno(), stdout=sockets[1].fileno(), stderr=stderr,
-            )  # fmt: skip
-        stack.callback(process.wait)
-        stack.callback(process.kill)
-        for listening in sockets:
-            many = [socket.create_connection(listening.getsockname(), timeout=10) for _ in range(12)]
-            until(lambda: log.read_text().count("connection limit") > sockets.index(listening))  # noqa: B023
-            for connection in many:
-                connection.close()
-            with socket.create_connection(listening.getsockname(), timeout=10) as connection:
-                connection.sendall(QUICK)
-                assert connection.recv(65_536).startswith(b"HTTP/1.1 404")
-        assert process.poll() is None
+    command = ["/bin/sh", "-c", hand_on, "sh", sys.executable, "send_queue_server.py"]
+    environment = {**os.environ, "MAC_SYNC_SERVICE_TOKEN": SERVICE_TOKEN}
+    with serving.listen("127.0.0.1", 0) as one, serving.listen("127.0.0.1", 0) as other:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=one.fileno(), stdout=other.fileno())
+        try:
+            for listening in (one, other):
+                port = listening.getsockname()[1]
+                assert requests.get(f"http://127.0.0.1:{port}/", timeout=10).status_code == 404
+            process.terminate()
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
+            process.wait()
+
+
+# Its argument: how many descriptors it may have.
+IN_A_HURRY = """
+import resource, send_queue_server, serving, sys
+descriptors = int(sys.argv.pop())
+resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
+serving.CLIENT_TIMEOUT_WHEN_FULL = 0.5
+serving.CHECK_INTERVAL = 0.1
+send_queue_server.main()
+"""
+
+
+def processor_seconds(script: Script) -> float:
+    fields = Path(f"/proc/{script.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_more_connections_than_descriptors_wait_and_cost_nothing(
+    databases: Databases, start: Callable[..., Script]
+) -> None:
+    """As with `ulimit -n 1024` and a thousand devices, in small."""
+    script = start("-c", IN_A_HURRY, "128", SEND_QUEUE_PORT="0")
+    port = script.port()
+    with contextlib.ExitStack() as stack:
+        for _ in range(150):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+        script.wait_for("connection limit")
+        before = processor_seconds(script)
+        begin = time.monotonic()
+        assert requests.get(f"http://127.0.0.1:{port}/", timeout=10).status_code == 404
+        spent = time.monotonic() - begin
+        assert spent > 0.5, "it waited for the others' time to be up"
+        assert processor_seconds(script) - before < spent / 2
+    assert "accept()" not in script.log.read_text()
+
+
+class Tricklers:
+    """Connections that send a byte of a header every `pause` seconds, and connect again when they are closed."""
+
+    def __init__(self, port: int, count: int, pause: float) -> None:
+        self.port, self.pause = port, pause
+        self.selector = selectors.DefaultSelector()
+        self.due: dict[socket.socket, float] = {}
+        self.closed = 0
+        for _ in range(count):
+            self.connect()
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def connect(self) -> None:
+        connection = socket.socket()
+        connection.setblocking(False)
+        connection.connect_ex(("127.0.0.1", self.port))
+        self.selector.register(connection, selectors.EVENT_READ)
+        self.due[connection] = time.monotonic() + 0.1
+
+    def run(self) -> None:
+        while not self.stopped.is_set():
+            for key, _ in self.selector.select(0.05):
+                self.close(key.fileobj)
+                self.closed += 1
+                self.connect()
+            now = time.monotonic()
+            for connection in [connection for connection, due in self.due.items() if due < now]:
+                self.due[connection] = now + self.pause
+                with contextlib.suppress(OSError):  # closed: the selector says so
+                    connection.send(b"G")
+
+    def close(self, connection: Any) -> None:
+        self.selector.unregister(connection)
+        del self.due[connection]
+        connection.close()
+
+    def end(self) -> None:
+        self.stopped.set()
+        self.thread.join()
+        for connection in list(self.due):
+            self.close(connection)
+        self.selector.close()
+
+
+@pytest.fixture
+def descriptors() -> Iterator[None]:
+    """Enough of them in this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def poll(port: int, token: str) -> float:
+    """Poll over a new connection; the seconds until the response."""
+    begin = time.monotonic()
+    url = f"http://127.0.0.1:{port}{send_queue_server.PENDING}"
+    response = requests.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=10)
+    assert response.status_code == 200
+    return time.monotonic() - begin
+
+
+def test_more_clients_than_the_limit_that_never_finish_a_request_keep_no_other_out(
+    world: World, start: Callable[..., Script], descriptors: None
+) -> None:
+    world.device("mini")
+    script = start("-c", IN_A_HURRY, "4096", SEND_QUEUE_PORT="0")
+    tricklers = Tricklers(script.port(), 1100, pause=3)
+    try:
+        script.wait_for("connection limit reached connections=1000")
+        assert max(poll(script.port(), "mini") for _ in range(3)) < 5
+        assert tricklers.closed > 1000
+    finally:
+        tricklers.end()
+    assert script.log.read_text().count("connection") <= 3, "once a minute, and where it listens"
+
+
+def test_statements_that_wait_for_a_lock_hold_nobody_up_until_all_threads_are_held(
+    world: World, start: Callable[..., Script]
+) -> None:
+    device_id = world.device("mini")
+    sql = """
+        INSERT INTO icloud.send_queue (device_id, to_handle, body)
+        SELECT %(device_id)s, '+14155550123', 'Hello' FROM generate_series(1, 4) RETURNING id
+    """
+    queue_ids = [queue_id for (queue_id,) in world.icloud(sql, device_id=device_id)]
+    world.device("idle")
+    patient = f"{world.databases.icloud_url} options='-c lock_timeout=60s -c statement_timeout=60s'"
+    script = start("send_queue_server.py", SEND_QUEUE_PORT="0", QUINN_ICLOUD_DB_URL=patient)
+    port = script.port()
+
+    def report(queue_id: str) -> int:
+        url = f"http://127.0.0.1:{port}{send_queue_server.RESULT.replace('<queue_id>', queue_id)}"
+        headers = {"Authorization": "Bearer mini"}
+        return requests.post(url, json={"status": "sent"}, headers=headers, timeout=30).status_code
+
+    with contextlib.closing(db.connect(world.databases.icloud_url)) as holder, ThreadPoolExecutor(5) as pool:
+        holder.autocommit = False
+        db.query(holder, "SELECT FROM icloud.send_queue FOR UPDATE")
+        reports = [pool.submit(report, queue_id) for queue_id in queue_ids[:3]]
+        until(lambda: waiting(world) == 3)
+        assert max(poll(port, "idle") for _ in range(10)) < 1
+        reports.append(pool.submit(report, queue_ids[3]))
+        until(lambda: waiting(world) == 4)
+        held = pool.submit(poll, port, "idle")
+        assert not wait([held], timeout=1).done
+        holder.rollback()
+        assert held.result() > 1
+        assert [report.result() for report in reports] == [200] * 4
+
+
+def waiting(world: World) -> int:
+    """How many statements wait for a lock."""
+    sql = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    return len(world.icloud(sql))
 
 
 def test_a_stop_lets_an_upload_go_on_that_does(databases: Databases, server: tuple[Script, str]) -> None:
     script, base_url = server
-    body = b"x" * 30
+    body = b"x" * 20
     with socket.create_connection(("127.0.0.1", int(base_url.rsplit(":", 1)[1])), timeout=10) as connection:
         head = f"POST {send_queue_server.ENQUEUE} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode())
         for number in range(len(body)):
             connection.sendall(body[number : number + 1])
-            time.sleep(0.1)
+            time.sleep(0.1)  # its pace
             if number == 5:
                 script.process.terminate()
                 script.wait_for("stopping")
-        assert connection.recv(65_536).startswith(b"HTTP/1.1 401")
+        response = connection.recv(65_536)
+        assert response.startswith(b"HTTP/1.1 401")
+        assert b"Connection: close" in response
     assert script.process.wait(10) == 0

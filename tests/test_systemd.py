@@ -18,6 +18,7 @@ from conftest import ROOT, SERVICE_TOKEN, Databases, Script, World
 
 import runtime
 import send_queue_server
+import serving
 
 INSTALLED = "/opt/send-queue/"
 UNITS = sorted((ROOT / "systemd").glob("*.service"))
@@ -131,12 +132,12 @@ def test_all_server_processes_come_and_go_with_the_one_socket() -> None:
 
 
 def test_the_socket_holds_the_servers_default_address_from_boot_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def bound(host: str, port: int) -> NoReturn:
+    def listen(host: str, port: int) -> NoReturn:
         addresses.append(f"{host}:{port}")
         raise OSError("not in a test")
 
     addresses: list[str] = []
-    monkeypatch.setattr(send_queue_server, "bound", bound)
+    monkeypatch.setattr(serving, "listen", listen)
     monkeypatch.setattr(runtime, "load_settings", lambda: None)
     monkeypatch.setattr(runtime, "set_up_logging", lambda: None)
     monkeypatch.setenv("MAC_SYNC_SERVICE_TOKEN", SERVICE_TOKEN)
@@ -158,6 +159,12 @@ def test_the_dispatcher_starts_after_the_process_that_a_connection_would_start()
 
 def test_the_socket_has_room_for_as_many_connections_as_the_server_will_ask_for() -> None:
     assert section(SOCKET, "Socket")["Backlog"] == str(waitress.adjustments.Adjustments.backlog)
+
+
+def test_systemd_gives_the_server_the_descriptors_and_the_time_to_stop_that_it_needs() -> None:
+    unit = section(TEMPLATE, "Service")
+    assert int(unit["LimitNOFILE"]) >= serving.CONNECTION_LIMIT * serving.FILES_PER_CONNECTION
+    assert int(unit["TimeoutStopSec"]) > serving.SHUTDOWN_TIMEOUT + 2
 
 
 def test_the_start_of_a_process_does_not_make_the_shared_socket_blocking_for_the_others() -> None:

@@ -1,0 +1,40 @@
+"""The kinds of files: a file imports from the kinds below its own, rules also from rules, and never in a circle."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = {"send_queue_server", "dispatcher", "status"}
+RULES = {"pacing", "forecast", "report", "batches", "handles"}
+FOUNDATION = {"serving", "db", "runtime"}
+OURS = SCRIPTS | RULES | FOUNDATION
+
+
+def imports_of(module: str) -> set[str]:
+    """The files of ours that a file imports, also inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").partition(".")[0])
+    return found & OURS
+
+
+def test_each_file_at_the_top_is_of_one_kind() -> None:
+    assert {path.stem for path in ROOT.glob("*.py")} == OURS
+
+
+@pytest.mark.parametrize("module", sorted(OURS))
+def test_nothing_imports_upwards(module: str) -> None:
+    below = FOUNDATION if module in FOUNDATION else FOUNDATION | RULES
+    assert imports_of(module) <= below
+
+
+def test_nothing_imports_in_a_circle() -> None:
+    left = {module: imports_of(module) for module in OURS}
+    while free := [module for module, imports in left.items() if not imports & set(left)]:
+        for module in free:
+            del left[module]
+    assert not left
