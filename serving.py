@@ -388,10 +388,14 @@ def _handle_errors(endpoint: Callable[..., Data], url_variable: str) -> Callable
 
 
 def _abort_statement(error: psycopg2.Error) -> NoReturn:
+    """Respond to a statement that failed: 503 where the schema or its rights do not fit the server, else 500."""
     kind, code = f"{type(error).__name__} {error.pgcode}", error.pgcode or ""
     hint = "; run `python db.py migrate`" if code.startswith("42") else ""
     hint = "; GRANT the tables' owner to this role" if code == "42501" else hint
     logger.error("statement failed error=%r request=%r%s", kind, _where(), hint)
+    if hint:
+        # It is no judgement of the request: the same one will do once the operator has been there.
+        abort(503, "the database is not ready for this server; its log says what to do", Retry_After=RETRY_AFTER)
     abort(500, "the database refused the statement; the server's log names the error")
 
 

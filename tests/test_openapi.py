@@ -3,9 +3,10 @@
 import re
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jsonschema
+import psycopg2
 import pytest
 import requests
 import yaml
@@ -137,16 +138,21 @@ def test_a_failing_statement_and_a_database_that_is_away_are_answered_as_promise
     world: World, base_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api = Api(base_url, world)
+    for error, status in ((psycopg2.DataError(), 500), (db.DatabaseUnavailable("no connection"), 503)):
+        with monkeypatch.context() as patch:
+            patch.setattr(db.RetryingConnection, "query", failing(error))
+            for path, method in {(path, method) for path, method, _ in PROMISES}:
+                check(ASKED[path](api), path, method, status)
     world.icloud("ALTER SCHEMA icloud RENAME TO elsewhere")
     for path, method in {(path, method) for path, method, _ in PROMISES if path != "/healthz"}:
-        check(ASKED[path](api), path, method, 500)
-    monkeypatch.setattr(db.RetryingConnection, "query", unavailable)
-    for path, method in {(path, method) for path, method, _ in PROMISES}:
         check(ASKED[path](api), path, method, 503)
 
 
-def unavailable(*_: object) -> None:
-    raise db.DatabaseUnavailable("no connection")
+def failing(error: Exception) -> Callable[..., NoReturn]:
+    def fail(*_: object) -> NoReturn:
+        raise error
+
+    return fail
 
 
 # What \s is in ECMA's regular expressions, which clients are generated for: without the U+0085 that it has in Python's.
