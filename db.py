@@ -210,6 +210,9 @@ class RetryingConnection(threading.local):
         try:
             if self.conn is None:
                 self.conn = connect(self.address)
+                # Each statement here has an index for its rows. Prepared over a table that was empty then, it would
+                # keep a plan that scans the table.
+                query(self.conn, "SET enable_seqscan = off")
             else:
                 query(self.conn, "DEALLOCATE ALL")
             self.prepared = set()
