@@ -7,7 +7,7 @@ BIN := .venv/bin
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: .venv/embedded  ## send a batch of invented messages, from PostgreSQL to a pretended Mac, in under a minute
+demo: .venv/embedded  ## send a batch of invented messages, from PostgreSQL to a simulated Mac, in under a minute
 	@$(BIN)/python demo/demo.py
 
 run: .venv/embedded  ## server and dispatcher over the embedded PostgreSQL in ./pgdata, until Ctrl-C
@@ -16,15 +16,13 @@ run: .venv/embedded  ## server and dispatcher over the embedded PostgreSQL in ./
 test: .venv/test  ## run the tests
 	$(BIN)/python -m pytest
 
-faults: .venv/faults  ## kill every process at every step, and then at random, in two minutes or three
+faults: .venv/faults  ## kill each process at each step, fail over to a standby, and break everything at random, in some 5 minutes
 	$(BIN)/python -m pytest -m faults -p no:randomly
 
 SECONDS ?= 3600
-soak: .venv/faults  ## break everything at random for an hour, or `make soak SECONDS=600`
-	@PYTHONPATH=. $(BIN)/python tests/campaign.py --seconds $(SECONDS) --seed $(or $(SEED),1)
-
-mutants: .venv/mutants  ## damage the product in some 500 small ways, and see that a test notices each; an hour and more on two cores
-	@$(BIN)/python tests/mutants.py
+SEED ?= 1
+soak: .venv/faults  ## break everything at random for an hour; `make soak SEED=7 SECONDS=1` replays the run of seed 7
+	@PYTHONPATH=. $(BIN)/python tools/chaos.py --seconds $(SECONDS) --seed $(SEED)
 
 bench: .venv/bench  ## measure the product beside its peers and its limits, in less than 8 minutes on two cores
 	@$(BIN)/python bench/bench.py
@@ -40,4 +38,4 @@ lint: .venv/lint  ## formatting, lints and types
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
-.PHONY: help demo run test faults soak mutants bench lint
+.PHONY: help demo run test faults soak bench lint

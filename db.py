@@ -60,7 +60,8 @@ CONNECTION_DEFAULTS = {
 # SQLSTATEs that say "not now" of the server, where all others judge the statement: connection (08), rolled
 # back by a conflict (40), resources (53), a lock not had in time (55P03), an operator's intervention (57),
 # the system around the server (58), and a standby or a primary that is being replaced (25006).
-TRANSIENT_SQLSTATES = ("08", "25006", "40", "53", "55P03", "57", "58")
+READ_ONLY = "25006"
+TRANSIENT_SQLSTATES = ("08", READ_ONLY, "40", "53", "55P03", "57", "58")
 # SQLSTATEs of an EXECUTE whose statement has to be prepared again: the type of a result's column changed ("cached plan
 # must not change result type"), it is not prepared in this session, or it is already (42P05), or a parameter's type
 # does not fit its column any more (42883, 42804). Nothing has been changed then.
@@ -203,6 +204,8 @@ class RetryingConnection(threading.local):
             try:
                 return self._execute(self.conn, sql, params)
             except psycopg2.Error as error:
+                if error.pgcode == READ_ONLY:  # a new connection finds the primary that took over
+                    self.conn.close()
                 if self.conn.closed:
                     self.conn = None
                 elif not (error.pgcode or "").startswith(STALE_PREPARED):

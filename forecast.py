@@ -54,13 +54,14 @@ class BatchCounts(NamedTuple):
 
 
 class OutreachSnapshot(NamedTuple):
-    """What quinn holds of the sending batches.
+    """What quinn holds of the sending batches. `now` is its clock, and `read_at` this host's clock at the same moment.
 
     `predicted_outcomes`: a letter for each of a batch's pending items, in their order. `claims`: claimed items by
     batch. `queued_items`: batch and queue row of each queued item. `is_exact`: few enough items to be simulated.
     """
 
     now: datetime
+    read_at: datetime
     snapshot: pacing.Snapshot | None
     waiting: list[pacing.Batch]
     counts: dict[str, BatchCounts]
@@ -71,8 +72,13 @@ class OutreachSnapshot(NamedTuple):
 
 
 class QueueSnapshot(NamedTuple):
-    """What icloud holds. `ended`: the rows in flight that have a result, and when they were sent (None: failed)."""
+    """What icloud holds; `now` and `read_at` as in OutreachSnapshot.
 
+    `ended`: the rows in flight that have a result, and when they were sent (None: failed).
+    """
+
+    now: datetime
+    read_at: datetime
     devices: list[pacing.Device]
     ended: dict[str, datetime | None]
 
@@ -80,12 +86,14 @@ class QueueSnapshot(NamedTuple):
 def read_outreach(quinn: Any, batch_id: str | None = None) -> OutreachSnapshot:
     """Read what quinn holds of the sending batches, and of `batch_id` whatever its status."""
     queued = "SELECT batch_id, COALESCE(send_queue_id, '') FROM outreach_batch_items WHERE status = 'queued'"
+    now, read_at = _read_clock(quinn)
     counts = _read_counts(quinn, batch_id)
     is_exact = sum(batch.pending for batch in counts.values()) <= MAX_SIMULATED_ITEMS
     known = list(counts) if is_exact else [batch_id] if batch_id else []
     outcomes, claims = _read_outcomes(quinn, known)
     return OutreachSnapshot(
-        now=db.query(quinn, "SELECT now()")[0][0],
+        now=now,
+        read_at=read_at,
         snapshot=pacing.read_snapshot(quinn),
         waiting=pacing.batches(quinn),
         counts=counts,
@@ -94,6 +102,11 @@ def read_outreach(quinn: Any, batch_id: str | None = None) -> OutreachSnapshot:
         queued_items=[(batch_id, queue_id) for batch_id, queue_id in db.query(quinn, queued)],
         is_exact=is_exact,
     )
+
+
+def _read_clock(conn: Any) -> tuple[datetime, datetime]:
+    """Return a database's now() and this host's time. Call it first: now() is the start of the transaction."""
+    return db.query(conn, "SELECT now()")[0][0], datetime.now(UTC)
 
 
 def _read_counts(quinn: Any, batch_id: str | None) -> dict[str, BatchCounts]:
@@ -148,9 +161,10 @@ def predict_outcome(handle: str | None, is_empty: bool) -> str:
 def read_queue(icloud: Any, queued_items: Sequence[tuple[str, str]]) -> QueueSnapshot:
     """Read the devices, and which of the queued items have a result that the dispatcher has not read yet."""
     sql = "SELECT id, sent_at FROM icloud.send_queue WHERE id = ANY (%(ids)s::uuid[]) AND status <> 'queued'"
+    now, read_at = _read_clock(icloud)
     ids = [queue_id for _, queue_id in queued_items if runtime.is_uuid(queue_id)]  # the column is TEXT
     rows = db.query(icloud, sql, {"ids": ids}) if 0 < len(ids) <= MAX_SIMULATED_ITEMS else []
-    return QueueSnapshot(pacing.devices(icloud), dict(rows))
+    return QueueSnapshot(now, read_at, pacing.devices(icloud), dict(rows))
 
 
 # --- the simulation -----------------------------------------------------------------------------------

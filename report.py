@@ -20,6 +20,7 @@ import forecast
 import pacing
 
 MAX_FAILURES = 5  # reasons that are listed
+MAX_CLOCK_DIFFERENCE = timedelta(seconds=5)  # between the hosts of the two databases
 
 T = TypeVar("T")
 
@@ -164,7 +165,7 @@ def report(interval: timedelta) -> Report:
     snapshot = outreach.snapshot if outreach else None
     now = outreach.now if outreach else datetime.now(UTC)
     formatter = LocalTimeFormatter(now, snapshot.settings.quiet_hours_tz if snapshot else None)
-    warnings = _warnings(outreach, devices, now)
+    warnings = _warnings(outreach, read.queue, now)
     verdict = summarize_outage(read.problems)
     if outreach:
         decision = pacing.decide(snapshot, outreach.waiting, devices, interval)
@@ -215,10 +216,11 @@ def _batch_line(
 
 
 def _warnings(
-    outreach: forecast.OutreachSnapshot | None, devices: Sequence[pacing.Device] | None, now: datetime
+    outreach: forecast.OutreachSnapshot | None, queue: forecast.QueueSnapshot | None, now: datetime
 ) -> list[str]:
     """Return what an operator has to correct although it holds nothing now."""
-    found = []
+    found = _clock_warnings(outreach, queue) if outreach and queue else []
+    devices = queue.devices if queue else None
     if outreach and outreach.snapshot:
         settings = outreach.snapshot.settings
         start, end, zone = settings.quiet_hours_start, settings.quiet_hours_end, settings.quiet_hours_tz
@@ -234,6 +236,21 @@ def _warnings(
     if devices is not None and not devices:
         found.append(pacing.NO_DEVICE)
     return found
+
+
+def _clock_warnings(outreach: forecast.OutreachSnapshot, queue: forecast.QueueSnapshot) -> list[str]:
+    """Return a warning if the clocks of the two databases differ.
+
+    icloud is read after quinn, perhaps seconds later: so each clock is compared with this host's.
+    """
+    ahead = (queue.now - queue.read_at) - (outreach.now - outreach.read_at)
+    if abs(ahead) <= MAX_CLOCK_DIFFERENCE:
+        return []
+    difference, direction = pacing.format_duration(abs(ahead)), "ahead of" if ahead > timedelta(0) else "behind"
+    return [
+        f"the clock of database icloud is {difference} {direction} that of quinn; limits and quiet hours go "
+        "by both: synchronize their hosts with NTP (`timedatectl` shows whether they are)"
+    ]
 
 
 # --- sentences ----------------------------------------------------------------------------------------

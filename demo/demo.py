@@ -1,6 +1,6 @@
-"""The whole way of a message, to watch: PostgreSQL, server, dispatcher and a pretended Mac, all real processes.
+"""Show the whole way of a message: PostgreSQL, server, dispatcher and a simulated Mac, each a process.
 
-Run by `make demo`, which sends three batches of invented messages and checks the books, and by `make run`, which
+Run by `make demo`, which sends three batches of invented messages and compares the records, and by `make run`, which
 keeps the server and the dispatcher running for somebody with curl. The demo's PostgreSQL is in a temporary directory;
 that of `--run` is in ./pgdata. Example:
 
@@ -28,15 +28,15 @@ from typing import Any, NoReturn
 
 import psycopg2
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import fake_device
+import simulated_mac
 
 import db
 import runtime
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent
+ROOT = Path(__file__).parent.parent
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TIME_LIMIT = 120  # seconds; several times what the most clients take on two slow cores
 MOST_CLIENTS = 100
@@ -127,7 +127,7 @@ class Children(list[Child]):
         """Start the device again where it crashed; leave when another one has ended."""
         for child in self:
             status = child.process.poll()
-            if status == fake_device.CRASH_STATUS:
+            if status == simulated_mac.CRASH_STATUS:
                 with undisturbed():
                     child.start()
             elif status is not None:
@@ -161,8 +161,8 @@ def stop_postgres(pid_file: Path) -> None:
 
 
 def demo(clients: int) -> int:
-    """Send the batches and check the books; 0 when they add up."""
-    say("Starting PostgreSQL, the server, the dispatcher and a pretended Mac ...\n")
+    """Send the batches and compare the records; return 0 if they match."""
+    say("Starting PostgreSQL, the server, the dispatcher and a simulated Mac ...\n")
     with temporary_postgres() as (url, directory), contextlib.closing(db.connect(url)) as conn, Children() as children:
         prepare(conn, clients)
         os.environ.update(
@@ -171,7 +171,7 @@ def demo(clients: int) -> int:
             MAC_SYNC_SERVICE_TOKEN=DEVELOPMENT_TOKEN,
             LOG_LEVEL="INFO",  # port_of() reads the server's log
         )
-        _, device_token = db.add_device("pretended-mac")
+        _, device_token = db.add_device("simulated-mac")
         server = children.launch(
             "server",
             directory / "server.log",
@@ -187,13 +187,18 @@ def demo(clients: int) -> int:
             MAC_SYNC_BASE_URL=base_url,
             DISPATCH_INTERVAL_SECONDS="1",
         )
-        journal = directory / "journal.txt"
-        script = str(HERE.resolve() / "fake_device.py")
+        mac_log = directory / "mac.log"
         children.launch(
-            "pretended Mac", directory / "device.log", script, base_url, str(journal), DEVICE_TOKEN=device_token
+            "simulated Mac",
+            directory / "mac-errors.log",
+            "tools/simulated_mac.py",
+            base_url,
+            str(mac_log),
+            "--mishaps",
+            DEVICE_TOKEN=device_token,
         )
         watch(conn, children)
-        return summary(conn, journal)
+        return summary(conn, mac_log)
 
 
 def prepare(conn: Any, clients: int) -> None:
@@ -305,29 +310,29 @@ class Lines:
             self.last, self.next = line, time.monotonic() + 2
 
 
-def summary(conn: Any, journal: Path) -> int:
-    """The items' books against the device's own; 0 when they agree."""
+def summary(conn: Any, mac_log: Path) -> int:
+    """Compare the database with the simulated Mac's log; return 0 if the records match."""
     items = sum(progress(conn).values(), Counter())
-    events = fake_device.read(journal)
-    happened = Counter(event for event, _ in events)
-    sends = Counter(queue_id for event, queue_id in events if event in ("sent", "failed"))
-    doubled = sum(count - 1 for count in sends.values())
+    sends = [(send.outcome, send.queue_id) for send in simulated_mac.sends(mac_log)]
+    logged = Counter(line[0] for line in simulated_mac.lines(mac_log))
+    twice = len(sends) - len({queue_id for _, queue_id in sends})
     lost = items.total() - sum(items[status] for status in ENDED)
-    recorded = db.query(conn, "SELECT status, id FROM icloud.send_queue")
-    ended = {event for event in events if event[0] in ("sent", "failed")}
-    agree = sorted(recorded) == sorted(ended) and all(items[end] == happened[end] for end in ("sent", "failed"))
+    rows = db.query(conn, "SELECT status, id FROM icloud.send_queue")
+    do_match = sorted(rows) == sorted(sends) and all(
+        items[outcome] == logged[outcome] for outcome in ("sent", "failed")
+    )
     say(f"""
 {items.total()} items = {items["sent"]} sent + {items["failed"]} failed + {items["skipped"]} skipped (no handle)
-The Mac's own journal says {happened["sent"]} sent, {happened["failed"]} failed.
-Doubled: {doubled}. Lost: {lost}. The two books {"agree" if agree else "DO NOT AGREE"}.
+The simulated Mac's log says {logged["sent"]} sent, {logged["failed"]} failed.
+Sent twice: {twice}. Lost: {lost}. The records {"match" if do_match else "DO NOT MATCH"}.
 
-On the way: crashes of the Mac between a send and its report: {happened["crashed"]};
-reports or their answers lost: {happened["lost"]};
-messages that the Mac then got again, and did not send again: {happened["again"]}.
+On the way: crashes of the Mac between a send and its report: {logged["crashed"]};
+reports or their responses lost: {logged["lost"]};
+messages that the Mac then got again, and did not send again: {logged["again"]}.
 
 Read on in README.md. Its commands with curl and psql are for `make run`.
 """)
-    return 0 if agree and not doubled and not lost else 1
+    return 0 if do_match and not twice and not lost else 1
 
 
 # --- make run -----------------------------------------------------------------------------------------
@@ -426,7 +431,7 @@ def say(text: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Watch messages travel from batches to a pretended Mac and back; exit 0 when the books add up.",
+        description="Watch messages travel from batches to a simulated Mac and back; exit 0 if the records match.",
         epilog="environment, with --run only: that of the server and the dispatcher. "
         "examples: python demo/demo.py --clients 12; SEND_QUEUE_PORT=8080 python demo/demo.py --run",
     )

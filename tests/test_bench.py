@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from testing import ROOT
 
 # Groups, and the rows that each has.
 GROUPS = {

@@ -17,7 +17,7 @@ from typing import Any
 import bottle
 import pytest
 import requests
-from conftest import ROOT, SERVICE_TOKEN, Databases, Script, World, until
+from testing import ROOT, SERVICE_TOKEN, Databases, Script, TestData, wait_until
 
 import db
 import send_queue_server
@@ -114,8 +114,8 @@ def test_a_client_that_does_not_read_its_responses_is_closed(small: Small) -> No
     with small.connect() as one, small.connect() as many:
         one.sendall(BIG)
         many.sendall(BIG * 3)
-        until(lambda: len(small.servers[0].active_channels) == 2)
-        until(lambda: not small.servers[0].active_channels, seconds=5)
+        wait_until(lambda: len(small.servers[0].active_channels) == 2)
+        wait_until(lambda: not small.servers[0].active_channels, seconds=5)
 
 
 def test_of_requests_sent_at_once_each_response_goes_out_when_it_is_there(small: Small) -> None:
@@ -330,7 +330,7 @@ def poll(port: int, token: str) -> float:
 
 
 def test_more_clients_than_the_limit_that_never_finish_a_request_keep_no_other_out(
-    world: World, start: Callable[..., Script], descriptors: None
+    world: TestData, start: Callable[..., Script], descriptors: None
 ) -> None:
     world.device("mini")
     script = start("-c", IN_A_HURRY, "4096", SEND_QUEUE_PORT="0")
@@ -345,7 +345,7 @@ def test_more_clients_than_the_limit_that_never_finish_a_request_keep_no_other_o
 
 
 def test_statements_that_wait_for_a_lock_hold_nobody_up_until_all_threads_are_held(
-    world: World, start: Callable[..., Script]
+    world: TestData, start: Callable[..., Script]
 ) -> None:
     device_id = world.device("mini")
     sql = """
@@ -367,10 +367,10 @@ def test_statements_that_wait_for_a_lock_hold_nobody_up_until_all_threads_are_he
         holder.autocommit = False
         db.query(holder, "SELECT FROM icloud.send_queue FOR UPDATE")
         reports = [pool.submit(report, queue_id) for queue_id in queue_ids[:3]]
-        until(lambda: waiting(world) == 3)
+        wait_until(lambda: waiting(world) == 3)
         assert max(poll(port, "idle") for _ in range(10)) < 1
         reports.append(pool.submit(report, queue_ids[3]))
-        until(lambda: waiting(world) == 4)
+        wait_until(lambda: waiting(world) == 4)
         held = pool.submit(poll, port, "idle")
         assert not wait([held], timeout=1).done
         holder.rollback()
@@ -378,7 +378,7 @@ def test_statements_that_wait_for_a_lock_hold_nobody_up_until_all_threads_are_he
         assert [report.result() for report in reports] == [200] * 4
 
 
-def waiting(world: World) -> int:
+def waiting(world: TestData) -> int:
     """How many statements wait for a lock."""
     sql = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
     return len(world.icloud(sql))

@@ -17,7 +17,7 @@ from typing import Any
 import psycopg2
 import pytest
 import requests
-from conftest import ROOT, Databases, Script, World, numbers, on_database, until
+from testing import ROOT, Databases, Script, TestData, numbers, on_database, wait_until
 
 import db
 import dispatcher
@@ -234,7 +234,7 @@ ILLEGAL = {
 }
 
 
-def test_an_illegal_state_is_impossible(world: World) -> None:
+def test_an_illegal_state_is_impossible(world: TestData) -> None:
     world.batch(clients=1)
     row = "INSERT INTO icloud.send_queue (device_id, to_handle, body) VALUES (%(id)s, '+14155550123', 'x')"
     world.icloud(row, id=world.device())
@@ -286,7 +286,7 @@ def test_a_migration_with_nothing_to_do_asks_for_no_lock(
         assert db.migrate(url, part) == []
 
 
-def test_polls_are_answered_while_a_million_messages_are_migrated(world: World, server: tuple[Script, str]) -> None:
+def test_polls_are_answered_while_a_million_messages_are_migrated(world: TestData, server: tuple[Script, str]) -> None:
     messages = """
         INSERT INTO icloud.send_queue (id, device_id, to_handle, body, status, sent_at, batch_item_id)
         SELECT lpad(to_hex(n), 32, '0')::uuid, %(device)s, '+14155550123', 'Hi', 'sent', now(), md5(n::text)::uuid
@@ -331,7 +331,7 @@ def test_a_migration_lets_others_pass_while_it_waits_for_a_lock(
         with in_use(databases.icloud, "icloud.send_queue", "ROW EXCLUSIVE"):
             migration = threads.submit(db.migrate, databases.icloud_url, "icloud")
             for _ in range(3):
-                until(lambda: waits_for_a_lock(databases.quinn, databases.icloud_url))
+                wait_until(lambda: waits_for_a_lock(databases.quinn, databases.icloud_url))
                 run_sql(databases.icloud_url, "SELECT count(*) FROM icloud.send_queue")  # behind it, for less than 2 s
             assert not migration.done()
         assert migration.result() == ["column send_queue.valid_until"]
@@ -364,7 +364,7 @@ def test_what_an_interrupted_build_left_behind_is_replaced(databases: Databases)
     """
     with ThreadPoolExecutor(1) as threads, in_use(databases.icloud, "icloud.send_queue", "ROW EXCLUSIVE"):
         migration = threads.submit(db.migrate, databases.icloud_url, "icloud")
-        until(lambda: waits_for_a_lock(databases.quinn, databases.icloud_url))
+        wait_until(lambda: waits_for_a_lock(databases.quinn, databases.icloud_url))
         db.query(databases.quinn, kill)
         with pytest.raises(psycopg2.OperationalError, match="terminat"):
             migration.result()
@@ -373,7 +373,9 @@ def test_what_an_interrupted_build_left_behind_is_replaced(databases: Databases)
     assert db.query(databases.icloud, VALID) == [(True,)]
 
 
-def test_an_index_that_cannot_be_built_is_not_left_half_built(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_index_that_cannot_be_built_is_not_left_half_built(
+    world: TestData, capsys: pytest.CaptureFixture[str]
+) -> None:
     world.icloud("DROP INDEX icloud.devices_token")
     for _ in range(2):
         world.device(token="the same")
@@ -454,14 +456,14 @@ def polled(base_url: str, token: str) -> int:
     return requests.get(f"{base_url}/client/imessage/send-queue/pending", headers=headers, timeout=5).status_code
 
 
-def test_a_device_inserted_with_its_plain_token_may_poll(world: World, base_url: str) -> None:
+def test_a_device_inserted_with_its_plain_token_may_poll(world: TestData, base_url: str) -> None:
     world.icloud("INSERT INTO icloud.devices (name, token) VALUES ('test-device', 'test-token-abc123')")
     assert polled(base_url, "test-token-abc123") == 200
     assert polled(base_url, "test-token-abc124") == 401
 
 
 def test_add_device_shows_the_token_once_and_stores_its_digest_alone(
-    world: World, base_url: str, capsys: pytest.CaptureFixture[str]
+    world: TestData, base_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert db.main(["add-device", "mac-mini"]) == 0
     said = re.fullmatch(
@@ -477,7 +479,7 @@ def test_add_device_shows_the_token_once_and_stores_its_digest_alone(
     assert polled(base_url, stored) == 401
 
 
-def test_devices_lists_what_waits_and_what_has_no_result(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_devices_lists_what_waits_and_what_has_no_result(world: TestData, capsys: pytest.CaptureFixture[str]) -> None:
     assert db.main(["devices"]) == 0
     assert capsys.readouterr().out == "There is no device: `python db.py add-device NAME` makes one.\n"
     busy, idle = world.device("mac-mini"), world.device("\x1b[2Jold mac")
@@ -502,7 +504,7 @@ def test_devices_lists_what_waits_and_what_has_no_result(world: World, capsys: p
 SEEN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC).astimezone()
 
 
-def queued(world: World, device: str, item: str | None = None, **columns: Any) -> str:
+def queued(world: TestData, device: str, item: str | None = None, **columns: Any) -> str:
     """A message in the queue of a device; returns its id."""
     row = {"device_id": device, "to_handle": "+14155550123", "body": "Hi", "batch_item_id": item, **columns}
     values = ", ".join(f"%({name})s" for name in row)
@@ -512,7 +514,7 @@ def queued(world: World, device: str, item: str | None = None, **columns: Any) -
 
 
 def test_new_token_shows_a_token_once_and_the_old_one_stops_working(
-    world: World, base_url: str, capsys: pytest.CaptureFixture[str]
+    world: TestData, base_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     device = world.device("mac-mini", token="the-old-one")
     world.device("other", token="other")
@@ -525,7 +527,9 @@ def test_new_token_shows_a_token_once_and_the_old_one_stops_working(
     assert world.icloud("SELECT token FROM icloud.devices WHERE id = %(id)s", id=device) == [(db.hash_token(said[1]),)]
 
 
-def test_rename_device_leaves_its_token_alone(world: World, base_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rename_device_leaves_its_token_alone(
+    world: TestData, base_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     device = world.device("mac-mini", token="mini")
     world.device("other")
     assert db.main(["rename-device", "mac-mini", "the office"]) == 0
@@ -541,7 +545,7 @@ COMMANDS = (["new-token", "mac"], ["rename-device", "mac", "new"], ["remove-devi
 
 @pytest.mark.parametrize("command", COMMANDS, ids=[command[0] for command in COMMANDS])
 def test_a_device_that_is_not_there_or_is_there_twice_is_an_error_that_says_what_to_do(
-    world: World, capsys: pytest.CaptureFixture[str], command: list[str]
+    world: TestData, capsys: pytest.CaptureFixture[str], command: list[str]
 ) -> None:
     world.device("mini", token="0")
     assert db.main(command) == 1
@@ -558,7 +562,7 @@ def test_a_device_that_is_not_there_or_is_there_twice_is_an_error_that_says_what
 
 
 def test_remove_device_says_what_is_in_flight_and_changes_nothing_without_yes(
-    world: World, base_url: str, capsys: pytest.CaptureFixture[str]
+    world: TestData, base_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     device, other = world.device("mac mini", token="mini"), world.device("other")
     queued(world, device)
@@ -589,7 +593,7 @@ def test_remove_device_says_what_is_in_flight_and_changes_nothing_without_yes(
 
 
 def test_a_device_is_not_removed_before_the_dispatcher_has_read_its_results(
-    world: World, capsys: pytest.CaptureFixture[str]
+    world: TestData, capsys: pytest.CaptureFixture[str]
 ) -> None:
     device = world.device("mac")
     batch = world.batch()
@@ -695,7 +699,7 @@ def test_each_thread_has_its_own_connection(databases: Databases) -> None:
     assert database.query("SELECT pg_backend_pid()") == own
 
 
-def test_a_request_is_answered_after_a_column_s_type_has_changed(world: World, base_url: str) -> None:
+def test_a_request_is_answered_after_a_column_s_type_has_changed(world: TestData, base_url: str) -> None:
     device = world.device(token="mini")
     message = "INSERT INTO icloud.send_queue (device_id, to_handle, body) VALUES (%(id)s, '+14155550123', 'Hi')"
     world.icloud(message, id=device)
@@ -747,6 +751,17 @@ def test_an_address_may_set_what_a_connection_asks_for(databases: Databases) -> 
     with contextlib.closing(db.connect(f"{databases.icloud_url} options='-c statement_timeout=7s'")) as conn:
         assert db.query(conn, "SHOW statement_timeout") == [("7s",)]
     assert db.query(databases.icloud, "SHOW statement_timeout") == [("15s",)]
+
+
+def test_a_url_may_name_two_hosts(databases: Databases, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in db.URL_VARIABLES.values():
+        monkeypatch.setenv(name, "postgresql://a:1,b:2/quinn?target_session_attrs=read-write")
+    assert db.url("quinn") == "postgresql://a:1,b:2/quinn?target_session_attrs=read-write"
+    parts = psycopg2.extensions.parse_dsn(databases.quinn_url)
+    hosts = {"host": f"127.0.0.1,{parts['host']}", "port": f"1,{parts.get('port', 5432)}"}
+    address = psycopg2.extensions.make_dsn(databases.quinn_url, **hosts, target_session_attrs="read-write")
+    with contextlib.closing(db.connect(address)) as conn:
+        assert db.query(conn, "SELECT current_database()") == [(parts["dbname"],)]
 
 
 # --- where the databases are --------------------------------------------------------------------------
@@ -820,7 +835,7 @@ def test_the_embedded_postgresql_is_shared_and_stops_with_its_last_user(home: Ho
         assert home.is_running()
         assert holder.stdin
         holder.stdin.close()
-    until(lambda: not home.is_running())
+    wait_until(lambda: not home.is_running())
 
 
 def test_the_embedded_postgresql_of_a_killed_script_is_used_by_the_next_one_and_stops_with_it(home: Home) -> None:

@@ -1,4 +1,4 @@
-"""The demo's real process: its books, its bars, and what it leaves behind."""
+"""The demo's process: its records, its bars, and what it leaves behind."""
 
 import os
 import pty
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, until
+from testing import ROOT, wait_until
 
 COMMAND = [sys.executable, "demo/demo.py", "--clients", "8"]
 
@@ -43,7 +43,7 @@ def left_behind(directory: Path) -> list[str]:
     return found
 
 
-def test_the_books_of_the_demo_add_up_and_nothing_is_left_behind(environment: dict[str, str], directory: Path) -> None:
+def test_the_records_of_the_demo_match_and_nothing_is_left_behind(environment: dict[str, str], directory: Path) -> None:
     done = subprocess.run(
         COMMAND,
         cwd=ROOT,
@@ -60,7 +60,7 @@ def test_the_books_of_the_demo_add_up_and_nothing_is_left_behind(environment: di
     items, *ended = map(int, counts.groups())
     assert items == 8 == sum(ended)
     assert ended[2] == 1
-    assert "Doubled: 0. Lost: 0. The two books agree." in done.stdout
+    assert "Sent twice: 0. Lost: 0. The records match." in done.stdout
     assert "\033" not in done.stdout
     assert left_behind(directory) == []
 
@@ -80,7 +80,7 @@ def test_ctrl_c_among_the_bars_stops_everything_that_the_demo_started(
         seen += os.read(ours, 65536).decode()
         return seen.count("Your next appointment") > 1
 
-    until(drawn_twice, 30)
+    wait_until(drawn_twice, 30)
     assert re.search(r"Spring opening hours  \[[#>.]{14}\] ", seen)
     assert "\033[4A\033[2K" in seen, "the heading and the three bars are drawn in place"
     os.killpg(demo.pid, signal.SIGINT)  # as a terminal does: to all of its foreground group
@@ -95,7 +95,7 @@ def test_a_demo_that_is_terminated_while_postgresql_starts_leaves_nothing_behind
     demo = subprocess.Popen(
         COMMAND, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
     )
-    until(lambda: list(directory.glob("send-queue-demo-*/postgres/*")))
+    wait_until(lambda: list(directory.glob("send-queue-demo-*/postgres/*")))
     demo.terminate()
     assert demo.wait(20) == 128 + signal.SIGTERM
     assert left_behind(directory) == []
@@ -123,9 +123,11 @@ def test_run_keeps_server_and_dispatcher_running_until_ctrl_c_and_its_commands_w
             start_new_session=True,
         )
     try:
-        until(lambda: all(phrase in output.read_text() for phrase in ("listening", "starting")))
+        wait_until(lambda: all(phrase in output.read_text() for phrase in ("listening", "starting")))
         # The latter at night, by the settings that migrate makes.
-        until(lambda: any(verdict in output.read_text() for verdict in ("nothing to send", "is held: quiet hours")))
+        wait_until(
+            lambda: any(verdict in output.read_text() for verdict in ("nothing to send", "is held: quiet hours"))
+        )
         assert "quiet hours 21:00 to 08:00 (local time), at most 2 a minute" in output.read_text()
         commands = output.read_text().split("\n\n  ")[1:3]
         done = subprocess.run(["bash", "-c", "\n".join(commands)], capture_output=True, text=True, check=True)

@@ -24,7 +24,7 @@ import pytest
 import requests
 import responses
 import schedule
-from conftest import ROOT, SERVICE_TOKEN, Databases, Script, World, until
+from testing import ROOT, SERVICE_TOKEN, Databases, Script, TestData, wait_until
 
 import batches
 import db
@@ -58,11 +58,11 @@ def odd() -> Iterator[responses.RequestsMock]:
         yield mock
 
 
-def sync(world: World) -> dispatcher.JobCounts:
+def sync(world: TestData) -> dispatcher.JobCounts:
     return dispatcher.sync(world.databases.quinn, world.databases.icloud)
 
 
-def tick(world: World, mac_sync: dispatcher.SendQueueClient) -> dispatcher.JobCounts:
+def tick(world: TestData, mac_sync: dispatcher.SendQueueClient) -> dispatcher.JobCounts:
     return dispatcher.dispatch(world.databases.quinn, world.databases.icloud, mac_sync)
 
 
@@ -105,11 +105,11 @@ def hhmm(minutes: int) -> str:
     return (datetime.now(UTC) + timedelta(minutes=minutes)).strftime("%H:%M")
 
 
-def quiet_now(world: World) -> None:
+def quiet_now(world: TestData) -> None:
     world.settings(quiet_hours_start=hhmm(-60), quiet_hours_end=hhmm(60), quiet_hours_tz="UTC")
 
 
-def queue_row(world: World, item_id: str | None, device_id: str, **columns: Any) -> str:
+def queue_row(world: TestData, item_id: str | None, device_id: str, **columns: Any) -> str:
     """A row of the queue, put there past the dispatcher; returns its id."""
     values = {
         "device_id": device_id,
@@ -123,7 +123,7 @@ def queue_row(world: World, item_id: str | None, device_id: str, **columns: Any)
     return str(world.icloud(sql, **values)[0][0])
 
 
-def in_flight(world: World, device_id: str, **columns: Any) -> tuple[str, str]:
+def in_flight(world: TestData, device_id: str, **columns: Any) -> tuple[str, str]:
     """An item that is queued, and its row with these columns; their ids."""
     item_id = world.item(world.batch(), status="queued", queued_at=ago(30), device_id=device_id)
     row_id = queue_row(world, item_id, device_id, **columns)
@@ -131,14 +131,14 @@ def in_flight(world: World, device_id: str, **columns: Any) -> tuple[str, str]:
     return item_id, row_id
 
 
-def status_of(world: World, item_id: str) -> tuple[str, str | None]:
+def status_of(world: TestData, item_id: str) -> tuple[str, str | None]:
     """An item's status and failure reason."""
     sql = "SELECT status, failure_reason FROM outreach_batch_items WHERE id = %(id)s"
     [(status, reason)] = world.quinn(sql, id=item_id)
     return status, reason
 
 
-def row_statuses(world: World) -> list[tuple[str, bool]]:
+def row_statuses(world: TestData) -> list[tuple[str, bool]]:
     """The status of each queue row, and whether it was withdrawn."""
     return world.icloud("SELECT status, withdrawn_at IS NOT NULL FROM icloud.send_queue ORDER BY created_at, id")
 
@@ -181,7 +181,7 @@ def test_an_hour_of_sending_is_told_in_a_few_lines(caplog: pytest.LogCaptureFixt
 
 
 def test_an_item_travels_from_its_batch_to_a_device_and_back(
-    world: World, base_url: str, mac_sync: dispatcher.SendQueueClient
+    world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient
 ) -> None:
     world.device("mini")
     batch_id = world.batch(clients=2)
@@ -205,7 +205,7 @@ def test_an_item_travels_from_its_batch_to_a_device_and_back(
 
 
 def test_a_tick_takes_one_item_of_each_batch_the_oldest_first(
-    world: World, mac_sync: dispatcher.SendQueueClient
+    world: TestData, mac_sync: dispatcher.SendQueueClient
 ) -> None:
     world.device()
     batch_ids = [world.batch(clients=3) for _ in range(3)]
@@ -214,7 +214,7 @@ def test_a_tick_takes_one_item_of_each_batch_the_oldest_first(
 
 
 def test_a_large_batch_does_not_starve_the_others(
-    world: World, base_url: str, mac_sync: dispatcher.SendQueueClient
+    world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient
 ) -> None:
     world.device("mini")
     world.settings(max_per_minute=1)
@@ -229,7 +229,7 @@ def test_a_large_batch_does_not_starve_the_others(
     assert [names[batch_id] for (batch_id,) in served] == ["large", "small", "late", "large", "large", "large"]
 
 
-def test_the_batch_served_longest_ago_goes_first(world: World, mac_sync: dispatcher.SendQueueClient) -> None:
+def test_the_batch_served_longest_ago_goes_first(world: TestData, mac_sync: dispatcher.SendQueueClient) -> None:
     world.device()
     world.settings(max_per_hour=2)
     recent = world.batch(clients=1, last_served_at=ago(10))
@@ -241,7 +241,7 @@ def test_the_batch_served_longest_ago_goes_first(world: World, mac_sync: dispatc
 
 @pytest.mark.parametrize("name", list(pacing.WINDOWS))
 def test_a_limit_counts_the_sent_of_its_window_and_all_in_flight(
-    world: World, mac_sync: dispatcher.SendQueueClient, caplog: pytest.LogCaptureFixture, name: str
+    world: TestData, mac_sync: dispatcher.SendQueueClient, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     caplog.set_level(logging.INFO)
     world.device()
@@ -260,7 +260,7 @@ def test_a_limit_counts_the_sent_of_its_window_and_all_in_flight(
     assert tick(world, mac_sync)["queued"] == 1
 
 
-def test_no_limit_is_none_and_a_limit_of_zero_is_nothing(world: World, mac_sync: dispatcher.SendQueueClient) -> None:
+def test_no_limit_is_none_and_a_limit_of_zero_is_nothing(world: TestData, mac_sync: dispatcher.SendQueueClient) -> None:
     world.device()
     for _ in range(5):
         world.batch(clients=2)
@@ -270,7 +270,7 @@ def test_no_limit_is_none_and_a_limit_of_zero_is_nothing(world: World, mac_sync:
     assert tick(world, mac_sync)["queued"] == 5
 
 
-def test_the_tightest_of_several_limits_holds(world: World, mac_sync: dispatcher.SendQueueClient) -> None:
+def test_the_tightest_of_several_limits_holds(world: TestData, mac_sync: dispatcher.SendQueueClient) -> None:
     world.device()
     for _ in range(5):
         world.batch(clients=1)
@@ -280,7 +280,7 @@ def test_the_tightest_of_several_limits_holds(world: World, mac_sync: dispatcher
 
 @pytest.mark.parametrize(("sent_ago", "queued"), [(50, 0), (61, 1)])
 def test_a_batch_waits_while_its_newest_send_is_less_than_the_gap_ago(
-    world: World, mac_sync: dispatcher.SendQueueClient, sent_ago: int, queued: int
+    world: TestData, mac_sync: dispatcher.SendQueueClient, sent_ago: int, queued: int
 ) -> None:
     world.device()
     world.settings(min_gap_seconds=60)
@@ -292,7 +292,7 @@ def test_a_batch_waits_while_its_newest_send_is_less_than_the_gap_ago(
     assert world.statuses(other) == ["queued"]
 
 
-def test_with_a_gap_a_batch_has_one_item_in_flight(world: World, mac_sync: dispatcher.SendQueueClient) -> None:
+def test_with_a_gap_a_batch_has_one_item_in_flight(world: TestData, mac_sync: dispatcher.SendQueueClient) -> None:
     world.device()
     world.settings(min_gap_seconds=1)
     batch_id = world.batch(clients=2)
@@ -304,7 +304,7 @@ def test_with_a_gap_a_batch_has_one_item_in_flight(world: World, mac_sync: dispa
 
 
 def test_a_batch_is_sent_once_it_has_items_and_each_has_ended(
-    world: World, mac_sync: dispatcher.SendQueueClient
+    world: TestData, mac_sync: dispatcher.SendQueueClient
 ) -> None:
     empty, done, waiting = world.batch(), world.batch(), world.batch()
     world.item(done, status="sent", sent_at=ago(5))
@@ -318,14 +318,14 @@ def test_a_batch_is_sent_once_it_has_items_and_each_has_ended(
 
 
 @pytest.mark.parametrize("gate", ["paused", "quiet hours"])
-def test_the_last_result_completes_its_batch_while_sending_is_held(world: World, gate: str) -> None:
+def test_the_last_result_completes_its_batch_while_sending_is_held(world: TestData, gate: str) -> None:
     in_flight(world, world.device(), status="sent", sent_at=ago(5), collected_at=ago(6))
     hold(world, gate)
     sync(world)
     assert world.quinn("SELECT status FROM outreach_batches") == [("sent",)]
 
 
-def test_the_last_result_completes_its_batch_during_an_outage(world: World, odd: responses.RequestsMock) -> None:
+def test_the_last_result_completes_its_batch_during_an_outage(world: TestData, odd: responses.RequestsMock) -> None:
     item_id, _ = in_flight(world, world.device(), status="sent", sent_at=ago(5))
     world.batch(clients=1)
     odd.post(ENQUEUE, status=503)
@@ -335,7 +335,9 @@ def test_the_last_result_completes_its_batch_during_an_outage(world: World, odd:
     assert world.quinn(f"{sql} WHERE item.id = %(id)s", id=item_id) == [("sent",)]
 
 
-def test_only_a_sending_batch_that_is_no_dry_run_is_touched(world: World, mac_sync: dispatcher.SendQueueClient) -> None:
+def test_only_a_sending_batch_that_is_no_dry_run_is_touched(
+    world: TestData, mac_sync: dispatcher.SendQueueClient
+) -> None:
     world.device()
     statuses = ["draft", "paused", "cancelled", "sent"]
     for status in statuses:
@@ -351,7 +353,7 @@ def test_only_a_sending_batch_that_is_no_dry_run_is_touched(world: World, mac_sy
 
 
 def test_a_client_without_a_primary_handle_is_skipped_and_the_next_one_written_to_in_the_same_turn(
-    world: World, mac_sync: dispatcher.SendQueueClient, caplog: pytest.LogCaptureFixture
+    world: TestData, mac_sync: dispatcher.SendQueueClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     world.device()
@@ -366,7 +368,7 @@ def test_a_client_without_a_primary_handle_is_skipped_and_the_next_one_written_t
 
 
 def test_who_was_written_to_before_does_not_hide_who_cannot_be(
-    world: World, mac_sync: dispatcher.SendQueueClient
+    world: TestData, mac_sync: dispatcher.SendQueueClient
 ) -> None:
     """Else the item that cannot be sent would take the turn of the one after it."""
     world.device()
@@ -377,7 +379,7 @@ def test_who_was_written_to_before_does_not_hide_who_cannot_be(
 
 
 def test_of_two_primary_handles_the_first_in_order_is_written_to(
-    world: World, mac_sync: dispatcher.SendQueueClient
+    world: TestData, mac_sync: dispatcher.SendQueueClient
 ) -> None:
     world.device()
     client = world.client("+14155550188")
@@ -389,7 +391,7 @@ def test_of_two_primary_handles_the_first_in_order_is_written_to(
 
 
 def test_a_claimed_item_is_not_sent_once_its_batch_has_become_a_dry_run(
-    world: World, mac_sync: dispatcher.SendQueueClient
+    world: TestData, mac_sync: dispatcher.SendQueueClient
 ) -> None:
     world.device()
     world.item(world.batch(dry_run=True), claimed_at=ago(60))
@@ -397,7 +399,7 @@ def test_a_claimed_item_is_not_sent_once_its_batch_has_become_a_dry_run(
     assert row_statuses(world) == []
 
 
-def test_a_batch_that_its_owner_has_stopped_meanwhile_is_not_called_sent(world: World) -> None:
+def test_a_batch_that_its_owner_has_stopped_meanwhile_is_not_called_sent(world: TestData) -> None:
     batches = [world.batch(status=status) for status in ("paused", "cancelled", "draft")]
     for batch_id in batches:
         world.item(batch_id, status="skipped")
@@ -406,7 +408,7 @@ def test_a_batch_that_its_owner_has_stopped_meanwhile_is_not_called_sent(world: 
 
 
 def test_a_batch_with_nobody_left_gives_its_place_to_the_next_one(
-    world: World, mac_sync: dispatcher.SendQueueClient
+    world: TestData, mac_sync: dispatcher.SendQueueClient
 ) -> None:
     world.device()
     world.settings(max_per_minute=1)
@@ -421,7 +423,7 @@ def test_a_batch_with_nobody_left_gives_its_place_to_the_next_one(
 
 
 def test_the_number_of_statements_does_not_follow_the_number_of_batches(
-    world: World, mac_sync: dispatcher.SendQueueClient, monkeypatch: pytest.MonkeyPatch
+    world: TestData, mac_sync: dispatcher.SendQueueClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.device()
     world.settings(max_per_minute=1)
@@ -460,7 +462,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 
 
 def test_the_device_is_the_clients_last_one_else_the_settings_one_else_the_oldest(
-    world: World, mac_sync: dispatcher.SendQueueClient
+    world: TestData, mac_sync: dispatcher.SendQueueClient
 ) -> None:
     oldest, chosen, last, earlier = (world.device(name) for name in ("oldest", "chosen", "last", "earlier"))
     known, unknown = world.client(), world.client()
@@ -485,7 +487,7 @@ def test_the_device_is_the_clients_last_one_else_the_settings_one_else_the_oldes
     assert devices() == [oldest, oldest]
 
 
-def test_without_a_device_an_item_fails_with_the_reason(world: World, mac_sync: dispatcher.SendQueueClient) -> None:
+def test_without_a_device_an_item_fails_with_the_reason(world: TestData, mac_sync: dispatcher.SendQueueClient) -> None:
     batch_id = world.batch(clients=2)
     tick(world, mac_sync)
     assert world.statuses(batch_id) == ["failed", "pending"]
@@ -495,7 +497,9 @@ def test_without_a_device_an_item_fails_with_the_reason(world: World, mac_sync: 
     )
 
 
-def test_a_row_is_valid_until_the_next_start_of_quiet_hours(world: World, mac_sync: dispatcher.SendQueueClient) -> None:
+def test_a_row_is_valid_until_the_next_start_of_quiet_hours(
+    world: TestData, mac_sync: dispatcher.SendQueueClient
+) -> None:
     world.device()
     world.batch(clients=1)
     world.settings(quiet_hours_start=hhmm(90), quiet_hours_end=hhmm(180), quiet_hours_tz="UTC")
@@ -505,7 +509,7 @@ def test_a_row_is_valid_until_the_next_start_of_quiet_hours(world: World, mac_sy
     assert abs(valid_until - expected) <= timedelta(minutes=1)  # the clock may have moved on by one
 
 
-def test_without_quiet_hours_a_row_has_no_limit_of_time(world: World, mac_sync: dispatcher.SendQueueClient) -> None:
+def test_without_quiet_hours_a_row_has_no_limit_of_time(world: TestData, mac_sync: dispatcher.SendQueueClient) -> None:
     world.device()
     world.batch(clients=1)
     tick(world, mac_sync)
@@ -514,7 +518,7 @@ def test_without_quiet_hours_a_row_has_no_limit_of_time(world: World, mac_sync: 
 
 @pytest.mark.parametrize("gate", ["paused", "quiet hours", "no settings"])
 def test_nothing_is_dispatched_while_sending_is_held(
-    world: World, mac_sync: dispatcher.SendQueueClient, caplog: pytest.LogCaptureFixture, gate: str
+    world: TestData, mac_sync: dispatcher.SendQueueClient, caplog: pytest.LogCaptureFixture, gate: str
 ) -> None:
     caplog.set_level(logging.INFO)
     world.device()
@@ -527,7 +531,7 @@ def test_nothing_is_dispatched_while_sending_is_held(
     assert [record.levelno for record in told] == [logging.ERROR if gate == "no settings" else logging.INFO]
 
 
-def hold(world: World, gate: str) -> None:
+def hold(world: TestData, gate: str) -> None:
     """Make `gate` the one that holds sending."""
     if gate == "paused":
         world.settings(paused=True)
@@ -567,7 +571,7 @@ PASSING = ("408", "429", "502", "503", "504", "no connection", "no answer", "hal
 
 
 def test_an_outage_loses_nothing_stops_the_tick_and_is_one_log_line(
-    world: World, odd: responses.RequestsMock, caplog: pytest.LogCaptureFixture
+    world: TestData, odd: responses.RequestsMock, caplog: pytest.LogCaptureFixture
 ) -> None:
     world.device()
     for _ in range(3):
@@ -587,7 +591,7 @@ def test_an_outage_loses_nothing_stops_the_tick_and_is_one_log_line(
 
 
 def test_after_an_outage_the_items_go_on_within_the_limit(
-    world: World, odd: responses.RequestsMock, mac_sync: dispatcher.SendQueueClient
+    world: TestData, odd: responses.RequestsMock, mac_sync: dispatcher.SendQueueClient
 ) -> None:
     world.device()
     world.settings(max_per_hour=2)
@@ -603,7 +607,7 @@ def test_after_an_outage_the_items_go_on_within_the_limit(
     assert sorted(world.statuses()) == ["pending"] * 4 + ["queued"] * 2
 
 
-def test_nobody_listening_and_nobody_answering_are_outages(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_listening_and_nobody_answering_are_outages(world: TestData, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher, "HTTP_TIMEOUT", (0.2, 0.2))
     world.device()
     world.batch(clients=1)
@@ -618,7 +622,7 @@ def test_nobody_listening_and_nobody_answering_are_outages(world: World, monkeyp
 
 @pytest.mark.parametrize(("code", "requests_made"), [(400, 1), (413, 1), (500, 3)])
 def test_an_item_that_mac_sync_refuses_fails_with_its_words_and_the_tick_goes_on(
-    world: World, odd: responses.RequestsMock, code: int, requests_made: int
+    world: TestData, odd: responses.RequestsMock, code: int, requests_made: int
 ) -> None:
     world.device()
     item_id, other = world.item(world.batch()), world.item(world.batch())
@@ -631,7 +635,7 @@ def test_an_item_that_mac_sync_refuses_fails_with_its_words_and_the_tick_goes_on
     assert len(odd.calls) == requests_made + 1
 
 
-def test_a_500_that_passes_costs_nothing(world: World, odd: responses.RequestsMock) -> None:
+def test_a_500_that_passes_costs_nothing(world: TestData, odd: responses.RequestsMock) -> None:
     world.device()
     world.batch(clients=1)
     odd.post(ENQUEUE, status=500)
@@ -641,7 +645,7 @@ def test_a_500_that_passes_costs_nothing(world: World, odd: responses.RequestsMo
 
 
 def test_an_item_whose_earlier_content_is_in_the_queue_takes_that_row(
-    world: World, mac_sync: dispatcher.SendQueueClient, caplog: pytest.LogCaptureFixture
+    world: TestData, mac_sync: dispatcher.SendQueueClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     item_id = world.item(world.batch())
     row_id = queue_row(world, item_id, world.device(), body="What was sent before the item was edited")
@@ -652,7 +656,7 @@ def test_an_item_whose_earlier_content_is_in_the_queue_takes_that_row(
 
 
 def test_an_item_that_another_hand_changed_meanwhile_is_left_as_it_is(
-    world: World,
+    world: TestData,
     mac_sync: dispatcher.SendQueueClient,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -674,7 +678,7 @@ def test_an_item_that_another_hand_changed_meanwhile_is_left_as_it_is(
 
 
 def test_an_item_that_another_hand_ends_during_its_refusal_stays_as_it_was_made(
-    world: World, mac_sync: dispatcher.SendQueueClient, monkeypatch: pytest.MonkeyPatch
+    world: TestData, mac_sync: dispatcher.SendQueueClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.device()
     world.batch(clients=1)
@@ -689,7 +693,7 @@ def test_an_item_that_another_hand_ends_during_its_refusal_stays_as_it_was_made(
 
 
 def test_a_stop_leaves_the_rest_of_the_tick_to_the_next_start(
-    world: World, mac_sync: dispatcher.SendQueueClient, monkeypatch: pytest.MonkeyPatch
+    world: TestData, mac_sync: dispatcher.SendQueueClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.device()
     for _ in range(3):
@@ -708,7 +712,7 @@ def test_a_stop_leaves_the_rest_of_the_tick_to_the_next_start(
 
 
 def test_what_does_not_fit_into_one_interval_waits_for_the_next_look_at_the_settings(
-    world: World, mac_sync: dispatcher.SendQueueClient, monkeypatch: pytest.MonkeyPatch
+    world: TestData, mac_sync: dispatcher.SendQueueClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.device()
     world.batch(clients=1)
@@ -720,7 +724,7 @@ def test_what_does_not_fit_into_one_interval_waits_for_the_next_look_at_the_sett
 
 
 def test_a_proxy_of_the_host_is_not_asked(
-    world: World, mac_sync: dispatcher.SendQueueClient, monkeypatch: pytest.MonkeyPatch
+    world: TestData, mac_sync: dispatcher.SendQueueClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     monkeypatch.setenv("NO_PROXY", "")
@@ -735,7 +739,7 @@ SECRETS = (HANDLE, "Hello!", SERVICE_TOKEN, "mini-token")
 
 
 def test_no_log_line_tells_a_body_a_token_or_a_handle_even_where_an_error_text_does(
-    world: World, base_url: str, mac_sync: dispatcher.SendQueueClient, caplog: pytest.LogCaptureFixture
+    world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     words = " ".join(SECRETS)
@@ -762,7 +766,7 @@ def test_no_log_line_tells_a_body_a_token_or_a_handle_even_where_an_error_text_d
 
 
 def test_no_log_line_tells_the_row_that_a_failed_statement_quotes(
-    world: World, mac_sync: dispatcher.SendQueueClient, caplog: pytest.LogCaptureFixture
+    world: TestData, mac_sync: dispatcher.SendQueueClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     world.device()
     world.batch(clients=1)
@@ -776,7 +780,7 @@ def test_no_log_line_tells_the_row_that_a_failed_statement_quotes(
 
 
 def test_results_come_home_with_the_queues_time_and_the_devices_words(
-    world: World, base_url: str, caplog: pytest.LogCaptureFixture
+    world: TestData, base_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     device_id = world.device("mini")
@@ -799,14 +803,14 @@ def test_results_come_home_with_the_queues_time_and_the_devices_words(
     assert abs(synced_at - datetime.now(UTC)) < timedelta(seconds=10)
 
 
-def test_a_result_that_came_long_ago_while_the_dispatcher_was_down_is_not_lost(world: World) -> None:
+def test_a_result_that_came_long_ago_while_the_dispatcher_was_down_is_not_lost(world: TestData) -> None:
     item_id, _ = in_flight(world, world.device(), status="sent", sent_at=ago(10 * 86_400))
     world.settings(last_synced_at=ago(60))
     sync(world)
     assert status_of(world, item_id) == ("sent", None)
 
 
-def test_a_row_that_vanished_with_its_device_fails_its_item(world: World) -> None:
+def test_a_row_that_vanished_with_its_device_fails_its_item(world: TestData) -> None:
     device_id = world.device()
     vanished = [in_flight(world, device_id)[0] for _ in range(3)]
     world.icloud("DELETE FROM icloud.devices")
@@ -816,7 +820,7 @@ def test_a_row_that_vanished_with_its_device_fails_its_item(world: World) -> Non
     assert world.quinn("SELECT DISTINCT device_id FROM outreach_batch_items") == [(device_id,)]
 
 
-def test_garbage_in_send_queue_id_fails_that_item_and_no_other(world: World) -> None:
+def test_garbage_in_send_queue_id_fails_that_item_and_no_other(world: TestData) -> None:
     good, row_id = in_flight(world, world.device(), status="sent", sent_at=ago(5))
     world.quinn("UPDATE outreach_batch_items SET send_queue_id = upper(send_queue_id)")
     batch_id = world.batch()
@@ -827,7 +831,7 @@ def test_garbage_in_send_queue_id_fails_that_item_and_no_other(world: World) -> 
     assert {status_of(world, item_id) for item_id in bad} == {("failed", "send queue row no longer exists")}
 
 
-def test_a_failure_that_was_reported_before_its_enqueue_was_recorded_is_the_items(world: World) -> None:
+def test_a_failure_that_was_reported_before_its_enqueue_was_recorded_is_the_items(world: TestData) -> None:
     device_id = world.device()
     item_id = world.item(world.batch(), claimed_at=ago(5))
     row = """
@@ -839,7 +843,7 @@ def test_a_failure_that_was_reported_before_its_enqueue_was_recorded_is_the_item
     assert status_of(world, item_id) == ("failed", "not on iMessage")
 
 
-def test_a_failure_known_before_a_retry_and_a_withdrawal_are_not_of_a_later_claim(world: World) -> None:
+def test_a_failure_known_before_a_retry_and_a_withdrawal_are_not_of_a_later_claim(world: TestData) -> None:
     device_id = world.device()
     row = """
         INSERT INTO icloud.send_queue
@@ -866,7 +870,7 @@ def test_a_failure_known_before_a_retry_and_a_withdrawal_are_not_of_a_later_clai
 
 @pytest.mark.parametrize(("status", "sent_at"), [("queued", None), ("sent", ago(7))])
 def test_a_claimed_item_whose_answer_was_lost_takes_the_row_that_is_in_the_queue(
-    world: World, caplog: pytest.LogCaptureFixture, status: str, sent_at: datetime | None
+    world: TestData, caplog: pytest.LogCaptureFixture, status: str, sent_at: datetime | None
 ) -> None:
     device_id = world.device()
     item_id = world.item(world.batch(), claimed_at=ago(60))
@@ -879,7 +883,7 @@ def test_a_claimed_item_whose_answer_was_lost_takes_the_row_that_is_in_the_queue
     assert "response was lost" in loud(caplog)[0].message
 
 
-def test_a_result_does_not_change_an_item_that_has_ended(world: World) -> None:
+def test_a_result_does_not_change_an_item_that_has_ended(world: TestData) -> None:
     ended = [world.item(world.batch(), status=status, sent_at=ago(60)) for status in ("sent", "failed", "skipped")]
     ended.append(world.item(world.batch()))  # nor one that was never claimed
     before = world.quinn("SELECT * FROM outreach_batch_items ORDER BY id")
@@ -889,13 +893,13 @@ def test_a_result_does_not_change_an_item_that_has_ended(world: World) -> None:
     assert world.quinn("SELECT * FROM outreach_batch_items ORDER BY id") == before
 
 
-def test_a_row_whose_item_has_ended_is_withdrawn(world: World) -> None:
+def test_a_row_whose_item_has_ended_is_withdrawn(world: TestData) -> None:
     queue_row(world, world.item(world.batch(), status="skipped"), world.device())
     assert sync(world)["withdrawn"] == 1
     assert row_statuses(world) == [("failed", True)]
 
 
-def test_the_claim_of_a_batch_that_is_paused_is_given_up(world: World) -> None:
+def test_the_claim_of_a_batch_that_is_paused_is_given_up(world: TestData) -> None:
     world.item(world.batch(status="paused"), claimed_at=ago(60))
     world.item(world.batch(dry_run=True), claimed_at=ago(60))
     kept = world.item(world.batch(), claimed_at=ago(60))
@@ -906,7 +910,7 @@ def test_the_claim_of_a_batch_that_is_paused_is_given_up(world: World) -> None:
 @pytest.mark.parametrize(
     "why", ["paused", "quiet hours", "no settings", "past its time", "batch paused", "batch cancelled", "dry run"]
 )
-def test_a_row_that_no_device_has_collected_is_withdrawn(world: World, why: str) -> None:
+def test_a_row_that_no_device_has_collected_is_withdrawn(world: TestData, why: str) -> None:
     item_id, _ = in_flight(world, world.device())
     if why == "past its time":
         world.icloud("UPDATE icloud.send_queue SET valid_until = now() - interval '1 second'")
@@ -925,7 +929,7 @@ def test_a_row_that_no_device_has_collected_is_withdrawn(world: World, why: str)
 
 
 def test_a_row_that_a_device_has_collected_is_never_withdrawn(
-    world: World, base_url: str, mac_sync: dispatcher.SendQueueClient
+    world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient
 ) -> None:
     world.device("mini")
     world.batch(clients=1)
@@ -941,7 +945,7 @@ def test_a_row_that_a_device_has_collected_is_never_withdrawn(
     assert world.statuses() == ["sent"]
 
 
-def test_a_row_that_belongs_to_no_item_is_left_alone(world: World) -> None:
+def test_a_row_that_belongs_to_no_item_is_left_alone(world: TestData) -> None:
     device_id = world.device()
     queue_row(world, None, device_id)
     queue_row(world, str(uuid.uuid4()), device_id, valid_until=ago(-60))  # put in by hand, with some id
@@ -951,7 +955,7 @@ def test_a_row_that_belongs_to_no_item_is_left_alone(world: World) -> None:
     assert row_statuses(world) == [("queued", False), ("queued", False), ("failed", True)]
 
 
-def test_the_row_of_a_deleted_batch_is_withdrawn(world: World, mac_sync: dispatcher.SendQueueClient) -> None:
+def test_the_row_of_a_deleted_batch_is_withdrawn(world: TestData, mac_sync: dispatcher.SendQueueClient) -> None:
     world.device()
     batch_id = world.batch(clients=1)
     tick(world, mac_sync)
@@ -961,14 +965,14 @@ def test_the_row_of_a_deleted_batch_is_withdrawn(world: World, mac_sync: dispatc
     assert world.icloud("SELECT failure_reason FROM icloud.send_queue") == [("withdrawn: its item was deleted",)]
 
 
-def test_nothing_is_withdrawn_without_a_cause(world: World) -> None:
+def test_nothing_is_withdrawn_without_a_cause(world: TestData) -> None:
     in_flight(world, world.device(), valid_until=ago(-60))
     sync(world)
     assert row_statuses(world) == [("queued", False)]
 
 
 def test_a_row_left_by_a_crash_is_withdrawn_although_its_item_says_pending(
-    world: World, mac_sync: dispatcher.SendQueueClient, caplog: pytest.LogCaptureFixture
+    world: TestData, mac_sync: dispatcher.SendQueueClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     item_id = world.item(world.batch(), claimed_at=ago(60))
@@ -983,7 +987,7 @@ def test_a_row_left_by_a_crash_is_withdrawn_although_its_item_says_pending(
     assert row_statuses(world) == [("failed", True), ("queued", False)]
 
 
-def test_a_poll_that_comes_before_the_withdrawal_wins(world: World) -> None:
+def test_a_poll_that_comes_before_the_withdrawal_wins(world: TestData) -> None:
     item_id, _ = in_flight(world, world.device())
     world.settings(paused=True)
     with contextlib.closing(db.connect(world.databases.icloud_url)) as device, ThreadPoolExecutor() as threads:
@@ -991,26 +995,26 @@ def test_a_poll_that_comes_before_the_withdrawal_wins(world: World) -> None:
         db.query(device, "UPDATE icloud.send_queue SET collected_at = now()")
         withdrawal = threads.submit(sync, world)
         with contextlib.closing(db.connect(world.databases.icloud_url)) as watcher:
-            until(lambda: db.query(watcher, WAITING), 2)
+            wait_until(lambda: db.query(watcher, WAITING), 2)
         device.commit()
         assert withdrawal.result(5)["withdrawn"] == 0
     assert status_of(world, item_id) == ("queued", None)
     assert row_statuses(world) == [("queued", False)]
 
 
-def test_a_poll_that_comes_after_the_withdrawal_gets_nothing(world: World, base_url: str) -> None:
+def test_a_poll_that_comes_after_the_withdrawal_gets_nothing(world: TestData, base_url: str) -> None:
     in_flight(world, world.device("mini"))
     with contextlib.closing(db.connect(world.databases.icloud_url)) as withdrawal, ThreadPoolExecutor() as threads:
         withdrawal.autocommit = False
         db.query(withdrawal, "UPDATE icloud.send_queue SET status = 'failed', withdrawn_at = now()")
         device = threads.submit(poll, base_url, "mini")
-        until(lambda: world.icloud(WAITING), 2)
+        wait_until(lambda: world.icloud(WAITING), 2)
         withdrawal.commit()
         assert device.result(5) == []
     assert row_statuses(world) == [("failed", True)]
 
 
-def test_ten_thousand_results_are_one_read_and_one_write(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ten_thousand_results_are_one_read_and_one_write(world: TestData, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher.logger, "info", lambda *_: None)  # ten thousand lines, which pytest would keep
     rows = """
         INSERT INTO icloud.send_queue (id, device_id, to_handle, body, status, sent_at, batch_item_id)
@@ -1077,7 +1081,7 @@ def cli(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str
     )
 
 
-def test_three_dispatchers_at_once_make_one_row_for_each_item(world: World, base_url: str, start: Start) -> None:
+def test_three_dispatchers_at_once_make_one_row_for_each_item(world: TestData, base_url: str, start: Start) -> None:
     world.device()
     world.batch(clients=2)
     world.batch(clients=2)
@@ -1089,7 +1093,7 @@ def test_three_dispatchers_at_once_make_one_row_for_each_item(world: World, base
 
 
 def test_a_dispatcher_killed_after_the_server_committed_leaves_one_row(
-    world: World, base_url: str, start: Start
+    world: TestData, base_url: str, start: Start
 ) -> None:
     world.device()
     world.batch(clients=1)
@@ -1113,7 +1117,7 @@ def test_a_dispatcher_killed_after_the_server_committed_leaves_one_row(
     assert row_statuses(world) == [("queued", False)]
 
 
-def test_sigterm_finishes_the_item_in_hand(world: World, base_url: str, start: Start) -> None:
+def test_sigterm_finishes_the_item_in_hand(world: TestData, base_url: str, start: Start) -> None:
     world.device()
     world.batch(clients=1)
     world.batch(clients=1)
@@ -1132,7 +1136,7 @@ def test_sigterm_finishes_the_item_in_hand(world: World, base_url: str, start: S
     assert "outreach-dispatcher stopped" in daemon.lines()[-1]
 
 
-def test_sigterm_ends_the_daemon_within_ten_seconds_while_mac_sync_hangs(world: World, start: Start) -> None:
+def test_sigterm_ends_the_daemon_within_ten_seconds_while_mac_sync_hangs(world: TestData, start: Start) -> None:
     world.device()
     world.batch(clients=1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -1146,7 +1150,7 @@ def test_sigterm_ends_the_daemon_within_ten_seconds_while_mac_sync_hangs(world: 
     assert world.statuses() == ["pending"]
 
 
-def test_a_500_while_stopping_is_not_tried_again_and_eats_no_item(world: World, odd: responses.RequestsMock) -> None:
+def test_a_500_while_stopping_is_not_tried_again_and_eats_no_item(world: TestData, odd: responses.RequestsMock) -> None:
     world.device()
     world.batch(clients=1)
 
@@ -1168,7 +1172,7 @@ def loop(monkeypatch: pytest.MonkeyPatch, *jobs: dispatcher.Job) -> None:
 
 
 def test_a_job_that_raises_stops_neither_the_other_one_nor_its_own_next_run(
-    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    world: TestData, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     runs: list[str] = []
 
@@ -1189,7 +1193,7 @@ def test_a_job_that_raises_stops_neither_the_other_one_nor_its_own_next_run(
 
 @pytest.mark.parametrize("seconds", [0, 0.3], ids=["between the jobs", "after both"])
 def test_the_jobs_run_on_when_the_wall_clock_is_set_back(
-    world: World, monkeypatch: pytest.MonkeyPatch, seconds: float
+    world: TestData, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
     back = timedelta(0)
 
@@ -1225,7 +1229,7 @@ def test_the_jobs_run_on_when_the_wall_clock_is_set_back(
 
 
 def test_a_database_that_is_away_fails_the_job_and_not_the_process(
-    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    world: TestData, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("QUINN_ICLOUD_DB_URL", "postgresql://127.0.0.1:1/away")
     assert dispatcher.run_job("sync", dispatcher.sync) is None
@@ -1236,7 +1240,7 @@ def test_a_database_that_is_away_fails_the_job_and_not_the_process(
 
 
 def test_a_statement_that_times_out_is_named(
-    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    world: TestData, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     world.batch(clients=1)
     monkeypatch.setitem(db.CONNECTION_DEFAULTS, "options", "-c lock_timeout=100ms")
@@ -1247,7 +1251,7 @@ def test_a_statement_that_times_out_is_named(
     assert "statement=release_claims error=LockNotAvailable" in caplog.text
 
 
-def test_a_tick_writes_its_heartbeat_also_when_its_job_fails(world: World) -> None:
+def test_a_tick_writes_its_heartbeat_also_when_its_job_fails(world: TestData) -> None:
     def broken(*_: object) -> dispatcher.JobCounts:
         raise RuntimeError("a bug")
 
@@ -1258,7 +1262,7 @@ def test_a_tick_writes_its_heartbeat_also_when_its_job_fails(world: World) -> No
 
 
 def test_missing_tables_are_answered_with_the_command_that_makes_them(
-    world: World, caplog: pytest.LogCaptureFixture
+    world: TestData, caplog: pytest.LogCaptureFixture
 ) -> None:
     world.quinn("ALTER TABLE outreach_batch_items RENAME TO old_items")
     assert dispatcher.run_job("sync", dispatcher.sync) is None
@@ -1277,20 +1281,20 @@ def test_a_role_that_may_not_write_is_answered_with_what_to_grant(
 
 
 def test_a_job_that_a_stop_ends_while_it_waits_for_the_lock_blames_nobody(
-    world: World, caplog: pytest.LogCaptureFixture
+    world: TestData, caplog: pytest.LogCaptureFixture
 ) -> None:
     world.quinn("SELECT pg_advisory_lock(hashtext('outreach-dispatcher'))")
     waits = "SELECT query LIKE 'SELECT pg_try_advisory_lock%' FROM pg_stat_activity WHERE datname = current_database()"
     with ThreadPoolExecutor() as threads:
         waiting = threads.submit(dispatcher.run_job, "sync", dispatcher.sync)
-        until(lambda: (True,) in db.query(world.databases.quinn, waits))
+        wait_until(lambda: (True,) in db.query(world.databases.quinn, waits))
         dispatcher.stop.set()
         assert waiting.result(5) is None
     assert not caplog.records
 
 
 def test_a_second_dispatcher_waits_for_the_lock_and_says_why_it_gave_up(
-    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    world: TestData, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(batches, "LOCK_WAIT", 0.2)
     rival = "SELECT pg_advisory_lock(hashtext('outreach-dispatcher'))"
@@ -1306,7 +1310,7 @@ def test_a_second_dispatcher_waits_for_the_lock_and_says_why_it_gave_up(
         assert patient.result(10) is not None
 
 
-def test_once_prints_what_it_did_and_fails_when_a_job_did(world: World, base_url: str) -> None:
+def test_once_prints_what_it_did_and_fails_when_a_job_did(world: TestData, base_url: str) -> None:
     world.device()
     world.batch(clients=[world.client(handle=None), world.client()])
     done = cli("--once", MAC_SYNC_BASE_URL=base_url)
@@ -1317,7 +1321,7 @@ def test_once_prints_what_it_did_and_fails_when_a_job_did(world: World, base_url
 
 
 def test_retry_makes_failed_items_pending_and_a_sent_batch_sending(
-    world: World, capsys: pytest.CaptureFixture[str]
+    world: TestData, capsys: pytest.CaptureFixture[str]
 ) -> None:
     batch_id = world.batch(status="sent")
     world.item(batch_id, status="failed", failure_reason="no", send_queue_id="old", queued_at=ago(9), claimed_at=ago(9))
@@ -1344,7 +1348,7 @@ def test_a_retry_that_cannot_reach_the_database_says_that_nothing_was_changed(
     assert capsys.readouterr().err.startswith("dispatcher.py: nothing was changed: ")
 
 
-def test_retry_does_not_start_a_batch_that_its_owner_stopped(world: World) -> None:
+def test_retry_does_not_start_a_batch_that_its_owner_stopped(world: TestData) -> None:
     for status in ("draft", "paused", "cancelled"):
         batch_id = world.batch(status=status)
         world.item(batch_id, status="failed")
@@ -1353,7 +1357,7 @@ def test_retry_does_not_start_a_batch_that_its_owner_stopped(world: World) -> No
 
 
 def test_a_retried_item_gets_a_second_row_after_its_first_one_failed(
-    world: World, base_url: str, mac_sync: dispatcher.SendQueueClient
+    world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient
 ) -> None:
     world.device("mini")
     batch_id = world.batch(clients=1)
@@ -1371,7 +1375,7 @@ def test_a_tick_comes_every_thirty_seconds_unless_set(monkeypatch: pytest.Monkey
     assert dispatcher.interval() == 30
 
 
-def test_a_retry_waits_for_the_job_that_runs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_retry_waits_for_the_job_that_runs(world: TestData, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tick between its look at a batch and its completion would leave the batch `sent` with pending items."""
     batch_id = world.batch(status="sent")
     world.item(batch_id, status="failed")
@@ -1420,7 +1424,7 @@ def test_help_lists_the_environment_and_two_examples() -> None:
         assert word in done.stdout
 
 
-def test_the_requests_to_mac_sync_are_the_contracts(world: World, odd: responses.RequestsMock) -> None:
+def test_the_requests_to_mac_sync_are_the_contracts(world: TestData, odd: responses.RequestsMock) -> None:
     device_id = world.device()
     item_id = world.item(world.batch(), world.client(HANDLE))
     odd.post(ENQUEUE, json={"success": True, "data": {"sendQueueId": str(uuid.uuid4())}})
@@ -1438,7 +1442,7 @@ def test_the_requests_to_mac_sync_are_the_contracts(world: World, odd: responses
 
 
 def test_a_number_goes_out_in_e164_and_an_unreadable_one_as_it_is_with_a_warning(
-    world: World,
+    world: TestData,
     mac_sync: dispatcher.SendQueueClient,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -1466,7 +1470,7 @@ def test_a_number_goes_out_in_e164_and_an_unreadable_one_as_it_is_with_a_warning
     ],
 )
 def test_a_device_that_was_not_seen_for_a_day_is_passed_over_while_another_one_lives(
-    world: World, mac_sync: dispatcher.SendQueueClient, seen: dict[str, int | None], chosen: str
+    world: TestData, mac_sync: dispatcher.SendQueueClient, seen: dict[str, int | None], chosen: str
 ) -> None:
     devices = {name: world.device(name) for name in seen}
     for name, hours in seen.items():
@@ -1481,7 +1485,7 @@ def test_a_device_that_was_not_seen_for_a_day_is_passed_over_while_another_one_l
 
 
 def test_more_unreachable_items_than_one_tick_skips_hold_nobody_up(
-    world: World, mac_sync: dispatcher.SendQueueClient, monkeypatch: pytest.MonkeyPatch
+    world: TestData, mac_sync: dispatcher.SendQueueClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatcher, "MAX_SKIPPED", 2)
     world.device()
@@ -1491,7 +1495,7 @@ def test_more_unreachable_items_than_one_tick_skips_hold_nobody_up(
     assert world.statuses(batch_id) == ["skipped", "skipped", "skipped", "queued"]
 
 
-def test_a_row_that_was_sent_without_a_time_has_that_of_its_last_change(world: World) -> None:
+def test_a_row_that_was_sent_without_a_time_has_that_of_its_last_change(world: TestData) -> None:
     """A platform's own send_queue may lack the check that our tables have."""
     world.icloud("ALTER TABLE icloud.send_queue DROP CONSTRAINT send_queue_sent_has_a_time")
     device_id = world.device()

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from conftest import World
+from testing import TestData
 
 import dispatcher
 import forecast
@@ -41,7 +41,7 @@ def fresh_process() -> None:
 class Days:
     """A world whose clock the test moves, and whose device answers each message shortly after its tick."""
 
-    def __init__(self, world: World, mac_sync: dispatcher.SendQueueClient, interval: timedelta) -> None:
+    def __init__(self, world: TestData, mac_sync: dispatcher.SendQueueClient, interval: timedelta) -> None:
         self.world, self.mac_sync, self.interval = world, mac_sync, interval
         self.moved = timedelta(0)
         self.quiet: tuple[int, int] | None = None  # minutes of the day
@@ -77,43 +77,43 @@ class Days:
         return not self.world.quinn("SELECT 1 FROM outreach_batches WHERE status = 'sending' LIMIT 1")
 
 
-def scene(days: Days, dice: random.Random) -> None:
-    """Settings, batches and a history, drawn from `dice` so that the day is over within MOST_TICKS."""
+def scene(days: Days, rng: random.Random) -> None:
+    """Settings, batches and a history, drawn from `rng` so that the day is over within MOST_TICKS."""
     world, tick = days.world, days.interval.total_seconds()
     world.device()
     limit = {30: "max_per_minute", 60: "max_per_minute", 300: "max_per_hour", 900: "max_per_hour"}.get(
         int(tick), "max_per_day"
     )
-    world.settings(**{limit: dice.choice([None, 1, 2, 3, 5])})
-    world.settings(max_per_day=dice.choice([None, 40]) if limit != "max_per_day" else dice.choice([2, 4, 6]))
-    world.settings(min_gap_seconds=dice.choice([None, 0, int(tick), int(2.5 * tick)]))
+    world.settings(**{limit: rng.choice([None, 1, 2, 3, 5])})
+    world.settings(max_per_day=rng.choice([None, 40]) if limit != "max_per_day" else rng.choice([2, 4, 6]))
+    world.settings(min_gap_seconds=rng.choice([None, 0, int(tick), int(2.5 * tick)]))
     handles = ["+14155550123", "a@example.com", "+14155550124", None, "no handle at all"]
-    for _ in range(dice.randint(1, 4)):
-        clients = [world.client(handle) for handle in dice.choices(handles, [8, 3, 3, 2, 1], k=dice.randint(1, 6))]
-        served = datetime.now(UTC) - timedelta(minutes=dice.randint(1, 500)) if dice.random() < 0.5 else None
+    for _ in range(rng.randint(1, 4)):
+        clients = [world.client(handle) for handle in rng.choices(handles, [8, 3, 3, 2, 1], k=rng.randint(1, 6))]
+        served = datetime.now(UTC) - timedelta(minutes=rng.randint(1, 500)) if rng.random() < 0.5 else None
         world.batch(clients=clients, last_served_at=served)
     history = world.batch(status="sent")
-    for _ in range(dice.randint(0, 4)):
-        ago = timedelta(seconds=dice.uniform(0, {"max_per_minute": 60, "max_per_hour": 3600}.get(limit, 86_400)))
+    for _ in range(rng.randint(0, 4)):
+        ago = timedelta(seconds=rng.uniform(0, {"max_per_minute": 60, "max_per_hour": 3600}.get(limit, 86_400)))
         world.item(history, status="sent", sent_at=datetime.now(UTC) - ago, updated_at=datetime.now(UTC) - ago)
-    if tick >= 60 and dice.random() < 0.6:
+    if tick >= 60 and rng.random() < 0.6:
         now = datetime.now(UTC)
-        start = now.hour * 60 + now.minute + dice.randint(1, 5) * int(tick // 60) + dice.randint(0, 3)
-        days.quiet = start % 1440, (start + dice.randint(1, 4) * int(tick // 60) + 1) % 1440
+        start = now.hour * 60 + now.minute + rng.randint(1, 5) * int(tick // 60) + rng.randint(0, 3)
+        days.quiet = start % 1440, (start + rng.randint(1, 4) * int(tick // 60) + 1) % 1440
         days.pass_time(timedelta(0))
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_forecast_is_within_one_interval_of_what_the_jobs_then_do(
-    world: World, mac_sync: dispatcher.SendQueueClient, seed: int
+    world: TestData, mac_sync: dispatcher.SendQueueClient, seed: int
 ) -> None:
-    dice = random.Random(seed)  # noqa: S311  # a scenario, no secret
-    days = Days(world, mac_sync, timedelta(seconds=dice.choice([30, 60, 300, 900, 7200])))
-    scene(days, dice)
-    for _ in range(dice.randint(0, 3)):
+    rng = random.Random(seed)  # noqa: S311  # a scenario, no secret
+    days = Days(world, mac_sync, timedelta(seconds=rng.choice([30, 60, 300, 900, 7200])))
+    scene(days, rng)
+    for _ in range(rng.randint(0, 3)):
         days.tick()
         days.answer()
-    if is_between_ticks := dice.random() < 0.5:
+    if is_between_ticks := rng.random() < 0.5:
         days.tick()  # so that the forecast finds messages in flight
     began, moved = time.monotonic(), days.moved
     seen = report.report(days.interval)
@@ -167,7 +167,7 @@ def test_a_million_items_are_foreseen_about_right_and_at_once(limits: dict[str, 
         assert (simulation.last - now) / timedelta(days=1) == pytest.approx(days, rel=0.1)
 
 
-def test_a_gate_that_no_time_opens_leaves_the_finish_open(world: World) -> None:
+def test_a_gate_that_no_time_opens_leaves_the_finish_open(world: TestData) -> None:
     world.device()
     world.settings(max_per_day=0, last_tick_at=datetime.now(UTC))
     world.batch(clients=1)
@@ -176,7 +176,7 @@ def test_a_gate_that_no_time_opens_leaves_the_finish_open(world: World) -> None:
     assert [batch.finish for batch in seen.batches] == [None]
 
 
-def test_claimed_items_go_first_and_alone(world: World, mac_sync: dispatcher.SendQueueClient) -> None:
+def test_claimed_items_go_first_and_alone(world: TestData, mac_sync: dispatcher.SendQueueClient) -> None:
     days = Days(world, mac_sync, timedelta(seconds=30))
     world.device()
     world.settings(last_tick_at=datetime.now(UTC))

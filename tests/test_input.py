@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, SERVICE_TOKEN, Script, World
+from testing import ROOT, SERVICE_TOKEN, Script, TestData
 
 SECRET_BODY = "The-body-of-a-message"
 SECRET_HANDLE = "+14155550199"
@@ -28,7 +28,7 @@ def talkative(databases: object, start: Callable[..., Script]) -> tuple[Script, 
 
 def malformed(seed: int) -> Iterator[bytes]:
     """Some hundreds of requests with something wrong in each, as bytes on the socket."""
-    dice = random.Random(seed)  # noqa: S311  # dice, not secrets
+    rng = random.Random(seed)  # noqa: S311  # test input, no secrets
     paths = ["/client/imessage/send-queue/pending", "/client/imessage/send-queue/%s/result" % ("a" * 36)]
     paths += ["/admin/send-queue/enqueue", "/healthz", "/", "/%00", "/%ff", "/" + "x" * 5000, "//", "/../etc/passwd"]
     tokens = [DEVICE_TOKEN, SERVICE_TOKEN, "", "x" * 10_000, "\xff\xfe", "a b", "sha256:" + "0" * 64, "' OR 1=1 --"]
@@ -52,10 +52,10 @@ def malformed(seed: int) -> Iterator[bytes]:
         b"\xef\xbb\xbf{}",
     ]
     for _ in range(300):
-        method = dice.choice(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE", "BREW", "get", "G\x01T"])
-        body = dice.choice(bodies)
-        head = f"{method} {dice.choice(paths)} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-        head += f"Authorization: Bearer {dice.choice(tokens)}\r\nContent-Length: {len(body)}\r\n\r\n"
+        method = rng.choice(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE", "BREW", "get", "G\x01T"])
+        body = rng.choice(bodies)
+        head = f"{method} {rng.choice(paths)} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        head += f"Authorization: Bearer {rng.choice(tokens)}\r\nContent-Length: {len(body)}\r\n\r\n"
         yield head.encode("latin-1") + body
     start_of_post = b"POST /admin/send-queue/enqueue HTTP/1.1\r\nHost: x\r\n"
     yield from (
@@ -90,7 +90,7 @@ def answer_to(request: bytes, port: int) -> bytes:
 
 
 def test_malformed_requests_get_a_4xx_in_json_and_leave_no_trace_of_their_content(
-    world: World, talkative: tuple[Script, int]
+    world: TestData, talkative: tuple[Script, int]
 ) -> None:
     script, port = talkative
     world.device(token=DEVICE_TOKEN)
@@ -111,7 +111,7 @@ def test_malformed_requests_get_a_4xx_in_json_and_leave_no_trace_of_their_conten
 
 
 def test_what_is_recorded_and_enqueued_is_logged_without_token_body_or_full_handle(
-    world: World, talkative: tuple[Script, int]
+    world: TestData, talkative: tuple[Script, int]
 ) -> None:
     script, port = talkative
     device_id = world.device(token=DEVICE_TOKEN)
@@ -137,7 +137,7 @@ def test_what_is_recorded_and_enqueued_is_logged_without_token_body_or_full_hand
 @pytest.mark.faults
 @pytest.mark.parametrize("authenticated", [True, False])
 def test_requests_made_from_the_contract_find_no_answer_that_it_does_not_name(
-    world: World, server: tuple[Script, str], tmp_path: Path, authenticated: bool
+    world: TestData, server: tuple[Script, str], tmp_path: Path, authenticated: bool
 ) -> None:
     """schemathesis, with all of its checks. The known device is written into the contract, so that it can be named."""
     contract = yaml.safe_load((ROOT / "openapi.yaml").read_text())

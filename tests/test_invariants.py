@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import requests
 import schedule
-from conftest import SERVICE_TOKEN, Script, World, until
 from test_dispatcher import HANDLE, WAITING, poll, quiet_now, report, row_statuses, run_dispatch, spied, sync, tick
 from test_pacing import Crash, CrashingMacSync
+from testing import SERVICE_TOKEN, Script, TestData, wait_until
 
 import db
 import dispatcher
@@ -32,7 +32,7 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_1_one_message_is_one_row_though_dispatcher_and_server_are_killed_after_the_commit(
-    world: World, server: tuple[Script, str], base_url: str
+    world: TestData, server: tuple[Script, str], base_url: str
 ) -> None:
     device_id, item_id = world.device("mini"), world.item(world.batch())
     # The server dies while its INSERT waits for a rival's of the same item. When that is rolled back, PostgreSQL
@@ -45,12 +45,12 @@ def test_1_one_message_is_one_row_though_dispatcher_and_server_are_killed_after_
         rival.autocommit = False
         db.query(rival, insert, {"device_id": device_id, "item_id": item_id})
         asked = threads.submit(tick, world, dispatcher.SendQueueClient(server[1], SERVICE_TOKEN))
-        until(lambda: world.icloud(WAITING), 2)
+        wait_until(lambda: world.icloud(WAITING), 2)
         server[0].process.kill()
         with pytest.raises(dispatcher.ServerUnavailable):
             asked.result(10)
         rival.rollback()
-    until(lambda: world.icloud("SELECT 1 FROM icloud.send_queue"))
+    wait_until(lambda: world.icloud("SELECT 1 FROM icloud.send_queue"))
     # The next tick finds that row, and asks nobody.
     tick(world, dispatcher.SendQueueClient("http://127.0.0.1:1", SERVICE_TOKEN))
     assert world.statuses() == ["queued"]
@@ -69,7 +69,7 @@ def test_1_one_message_is_one_row_though_dispatcher_and_server_are_killed_after_
 
 
 def test_2_every_item_ends_with_a_reason_or_is_visibly_waiting(
-    world: World, base_url: str, mac_sync: dispatcher.SendQueueClient
+    world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient
 ) -> None:
     world.device("mini")
     clients = [
@@ -94,7 +94,7 @@ def test_2_every_item_ends_with_a_reason_or_is_visibly_waiting(
 
 
 def test_3_sent_plus_in_flight_stays_within_the_limit_while_the_device_is_off_all_day(
-    world: World, base_url: str, mac_sync: dispatcher.SendQueueClient
+    world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient
 ) -> None:
     world.device("mini")
     world.settings(max_per_minute=2, max_per_hour=3)
@@ -116,7 +116,7 @@ def test_3_sent_plus_in_flight_stays_within_the_limit_while_the_device_is_off_al
 
 
 def test_4_nothing_is_handed_out_for_the_first_time_in_quiet_hours_or_while_paused(
-    world: World, base_url: str, mac_sync: dispatcher.SendQueueClient
+    world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient
 ) -> None:
     world.device("mini")
     batch_id = world.batch(clients=1)
@@ -136,7 +136,9 @@ def test_4_nothing_is_handed_out_for_the_first_time_in_quiet_hours_or_while_paus
     assert world.statuses(batch_id) == ["pending"]
 
 
-def test_5_a_recorded_result_never_changes(world: World, base_url: str, mac_sync: dispatcher.SendQueueClient) -> None:
+def test_5_a_recorded_result_never_changes(
+    world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient
+) -> None:
     world.device("mini")
     world.batch(clients=1)
     tick(world, mac_sync)
@@ -158,7 +160,7 @@ def test_5_a_recorded_result_never_changes(world: World, base_url: str, mac_sync
 
 
 def test_6_a_device_sees_and_changes_only_its_own_rows(
-    world: World, base_url: str, mac_sync: dispatcher.SendQueueClient
+    world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient
 ) -> None:
     world.device("mini")
     world.device("stranger")
@@ -181,7 +183,7 @@ def test_6_a_device_sees_and_changes_only_its_own_rows(
 
 
 def test_7_a_job_that_raises_stops_neither_the_other_job_nor_its_own_next_run(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: TestData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DISPATCH_INTERVAL_SECONDS", "1")
     world.item(world.batch(), status="failed")
@@ -189,16 +191,16 @@ def test_7_a_job_that_raises_stops_neither_the_other_job_nor_its_own_next_run(
     daemon = threading.Thread(target=dispatcher.run_forever, args=(SERVICE_TOKEN,))
     daemon.start()
     try:
-        until(lambda: world.quinn("SELECT 1 FROM outreach_batches WHERE status = 'sent'"))
+        wait_until(lambda: world.quinn("SELECT 1 FROM outreach_batches WHERE status = 'sent'"))
         world.icloud("ALTER TABLE icloud.send_queue RENAME away TO valid_until")
-        until(lambda: world.quinn("SELECT 1 FROM outreach_settings WHERE last_synced_at IS NOT NULL"))
+        wait_until(lambda: world.quinn("SELECT 1 FROM outreach_settings WHERE last_synced_at IS NOT NULL"))
     finally:
         dispatcher.stop.set()
         daemon.join()
 
 
 def test_8_no_statement_of_a_poll_a_tick_or_a_sync_reads_through_the_history(
-    world: World, base_url: str, mac_sync: dispatcher.SendQueueClient, monkeypatch: pytest.MonkeyPatch
+    world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     history(world)
     world.settings(max_per_minute=50, max_per_day=100_000, min_gap_seconds=1)
@@ -240,7 +242,7 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from nodes(part)
 
 
-def history(world: World) -> None:
+def history(world: TestData) -> None:
     """Twenty thousand messages sent in two hundred batches over as many days, and five thousand of a paused one."""
     device_id = world.device("mini")
     rows = """
@@ -274,7 +276,7 @@ def history(world: World) -> None:
 
 
 def test_9_no_log_line_has_a_token_a_body_or_a_full_handle(
-    world: World, base_url: str, mac_sync: dispatcher.SendQueueClient, caplog: pytest.LogCaptureFixture
+    world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     secrets = (HANDLE, "Hello!", SERVICE_TOKEN, "mini-token", "stolen-token")
@@ -296,7 +298,7 @@ def test_9_no_log_line_has_a_token_a_body_or_a_full_handle(
     assert not [secret for secret in secrets if secret in caplog.text]
 
 
-def test_10_bad_input_is_answered_with_a_4xx_and_a_sentence_and_writes_nothing(world: World, base_url: str) -> None:
+def test_10_bad_input_is_answered_with_a_4xx_and_a_sentence_and_writes_nothing(world: TestData, base_url: str) -> None:
     device_id = world.device("mini")
     good: dict[str, Any] = {
         "batchItemId": str(uuid.uuid4()), "deviceId": device_id, "toHandle": "+14155550123", "body": "Hello!",

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import pytest
 import requests
-from conftest import SERVICE_TOKEN, World
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -24,6 +23,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from testing import SERVICE_TOKEN, TestData
 
 import db
 import dispatcher
@@ -326,7 +326,7 @@ def owner(**strategies: st.SearchStrategy[Any]) -> Callable[[Act], Act]:
 class Machine(RuleBasedStateMachine):
     """Does each step to both, and compares."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: TestData) -> None:
         super().__init__()
         self.world = world
         self.model = Model()
@@ -605,7 +605,7 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     pacing.quiet_hours.cache_clear()
 
 
-def play(world: World, examples: int, steps: int) -> None:
+def play(world: TestData, examples: int, steps: int) -> None:
     profile = settings(
         max_examples=examples,
         stateful_step_count=steps,
@@ -616,10 +616,10 @@ def play(world: World, examples: int, steps: int) -> None:
     run_state_machine_as_test(lambda: Machine(world), settings=profile)  # type: ignore[arg-type]  # it takes a factory too
 
 
-def test_jobs_and_handlers_do_what_the_model_does(world: World) -> None:
+def test_jobs_and_handlers_do_what_the_model_does(world: TestData) -> None:
     play(world, examples=25, steps=25)
 
 
 @pytest.mark.faults
-def test_jobs_and_handlers_do_what_the_model_does_for_long(world: World) -> None:
+def test_jobs_and_handlers_do_what_the_model_does_for_long(world: TestData) -> None:
     play(world, examples=200, steps=50)

@@ -10,7 +10,7 @@ import psycopg2
 import pytest
 import requests
 import yaml
-from conftest import ROOT, SERVICE_TOKEN, World
+from testing import ROOT, SERVICE_TOKEN, TestData
 
 import db
 import handles
@@ -34,7 +34,7 @@ PROMISES = [
 class Api:
     """The server with one device, one message in its queue and one that was sent."""
 
-    def __init__(self, base_url: str, world: World) -> None:
+    def __init__(self, base_url: str, world: TestData) -> None:
         self.base_url, self.world = base_url, world
         self.device_id = world.device("mac-mini")
         self.queued, self.sent = (self.enqueue().json()["data"]["sendQueueId"] for _ in range(2))
@@ -127,7 +127,7 @@ def test_the_contract_names_every_route(databases: object) -> None:
     assert routes == {(path, method.upper()) for path, method, _ in PROMISES}
 
 
-def test_every_promised_answer_is_given(world: World, base_url: str) -> None:
+def test_every_promised_answer_is_given(world: TestData, base_url: str) -> None:
     for path, method, status in PROMISES:
         if status not in (500, 503):
             world.icloud("TRUNCATE icloud.devices CASCADE")
@@ -135,7 +135,7 @@ def test_every_promised_answer_is_given(world: World, base_url: str) -> None:
 
 
 def test_a_failing_statement_and_a_database_that_is_away_are_answered_as_promised(
-    world: World, base_url: str, monkeypatch: pytest.MonkeyPatch
+    world: TestData, base_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api = Api(base_url, world)
     for error, status in ((psycopg2.DataError(), 500), (db.DatabaseUnavailable("no connection"), 503)):

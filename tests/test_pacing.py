@@ -11,8 +11,8 @@ from zoneinfo import ZoneInfo
 
 import hypothesis.strategies as st
 import pytest
-from conftest import SERVICE_TOKEN, World
 from hypothesis import HealthCheck, example, given, settings
+from testing import SERVICE_TOKEN, TestData
 
 import db
 import dispatcher
@@ -191,7 +191,7 @@ def test_without_quiet_hours_there_is_no_warning(caplog: pytest.LogCaptureFixtur
     assert not caplog.records
 
 
-def test_quiet_hours_in_columns_of_type_time_are_read(world: World) -> None:
+def test_quiet_hours_in_columns_of_type_time_are_read(world: TestData) -> None:
     for column in ("quiet_hours_start", "quiet_hours_end"):
         world.quinn(f"ALTER TABLE outreach_settings ALTER {column} TYPE TIME USING {column}::time")
     world.settings(quiet_hours_start="00:00", quiet_hours_end="23:59", quiet_hours_tz="UTC")
@@ -200,7 +200,7 @@ def test_quiet_hours_in_columns_of_type_time_are_read(world: World) -> None:
     assert pacing.quiet_hours(*pace.settings[1:4]) == pacing.QuietHours(0, 1439, ZoneInfo("UTC"))
 
 
-def test_what_waits_longest_is_what_is_read(world: World) -> None:
+def test_what_waits_longest_is_what_is_read(world: TestData) -> None:
     now = world.quinn("SELECT now()")[0][0]
     batch_id = world.batch()
     for minutes in (5, 9, 7):
@@ -309,7 +309,7 @@ USED = """
 """
 
 
-def take(world: World, mac_sync: CrashingMacSync, step: str | int) -> None:
+def take(world: TestData, mac_sync: CrashingMacSync, step: str | int) -> None:
     """One event of a day: of the dispatcher, the device, the operator or the clock."""
     databases = world.databases.quinn, world.databases.icloud
     if isinstance(step, int):
@@ -340,7 +340,7 @@ def take(world: World, mac_sync: CrashingMacSync, step: str | int) -> None:
 @example(["tick", "poll", 80_000, "tick", "sent", "tick", "sent", "cycle", "cycle"], (None, 1, 3))
 @example(["cycle", "poll", "sent", 3601] * 5, (None, 1, 3))
 def test_in_no_window_is_sent_plus_in_flight_above_a_limit(
-    world: World, base_url: str, steps: list[str | int], limits: tuple[int | None, ...]
+    world: TestData, base_url: str, steps: list[str | int], limits: tuple[int | None, ...]
 ) -> None:
     world.quinn("TRUNCATE outreach_batches CASCADE")
     world.icloud("TRUNCATE icloud.devices CASCADE")

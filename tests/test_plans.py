@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import requests
-from conftest import SERVICE_TOKEN, Databases, World
+from testing import SERVICE_TOKEN, Databases, TestData
 
 import db
 import dispatcher
@@ -111,7 +111,7 @@ def fill_waiting(databases: Databases, other: str) -> None:
     db.query(databases.quinn, sending, {"batches": BATCHES, "items": ITEMS})
 
 
-def run_a_day(world: World, base_url: str, mac_sync: dispatcher.SendQueueClient) -> None:
+def run_a_day(world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient) -> None:
     """Do everything that the jobs and the endpoints do, once: claims left behind, sends, results, a pause."""
     quinn, icloud = world.databases.quinn, world.databases.icloud
     device = requests.Session()
@@ -159,7 +159,7 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def test_a_hot_statement_reads_what_is_in_hand(
-    world: World, base_url: str, mac_sync: dispatcher.SendQueueClient, spied: list[Statement]
+    world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient, spied: list[Statement]
 ) -> None:
     world.settings(max_per_minute=400, max_per_hour=600, max_per_day=1500, min_gap_seconds=1)
     fill_history(world.databases, world.device("mini"))
@@ -175,13 +175,13 @@ def test_a_hot_statement_reads_what_is_in_hand(
     check_a_day(world, base_url, mac_sync, spied, "fresh")
 
 
-def analyze(world: World) -> None:
+def analyze(world: TestData) -> None:
     world.icloud("ANALYZE")
     world.quinn("ANALYZE")
 
 
 def check_a_day(
-    world: World, base_url: str, mac_sync: dispatcher.SendQueueClient, spied: list[Statement], statistics: str
+    world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient, spied: list[Statement], statistics: str
 ) -> None:
     spied.clear()
     run_a_day(world, base_url, mac_sync)
@@ -200,7 +200,7 @@ def check_a_day(
 @pytest.mark.parametrize("analyzed", [False, True], ids=["never analyzed", "analyzed while empty"])
 @pytest.mark.parametrize("plan", ["force_generic_plan", "force_custom_plan"])
 def test_a_statement_prepared_over_empty_tables_keeps_a_good_plan(
-    world: World, base_url: str, spied: list[Statement], plan: str, analyzed: bool
+    world: TestData, base_url: str, spied: list[Statement], plan: str, analyzed: bool
 ) -> None:
     """A fresh install prepares its statements while nothing is in the tables, and keeps these plans until ANALYZE."""
     database = db.RetryingConnection(world.databases.icloud_url)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT, SERVICE_TOKEN, Script, World
+from testing import ROOT, SERVICE_TOKEN, Script, TestData
 
 README = (ROOT / "README.md").read_text()
 
@@ -26,7 +26,7 @@ def path_with_psql() -> str:
     return f"{os.environ['PATH']}:{Path(wheel.origin).parent}/pginstall18/bin"
 
 
-def test_the_smoke_plan_works_as_it_is_written(world: World, server: tuple[Script, str]) -> None:
+def test_the_smoke_plan_works_as_it_is_written(world: TestData, server: tuple[Script, str]) -> None:
     setup, *steps = commands("The endpoints, with curl")
     assert "make run" in README.split(setup)[0][-200:]
     script = "set -euo pipefail\n" + "\n".join(steps).replace(".venv/bin/python", '"$PYTHON"')

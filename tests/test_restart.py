@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import ROOT, SERVICE_TOKEN, World, until
+from testing import ROOT, SERVICE_TOKEN, TestData, wait_until
 
 import serving
 
@@ -46,7 +46,7 @@ class Servers:
                 stderr=stderr,
             )
         self.started.append(process)
-        until(lambda: "listening" in log.read_text())
+        wait_until(lambda: "listening" in log.read_text())
         return process
 
     def stop(self, process: subprocess.Popen[bytes]) -> None:
@@ -101,7 +101,7 @@ class Load:
     def wait(self, more: int = 200) -> None:
         """Return after so many more responses, or a failure."""
         goal = self.responses + more
-        until(lambda: self.responses >= goal or self.failures)
+        wait_until(lambda: self.responses >= goal or self.failures)
 
     def end(self) -> None:
         self.stopped.set()
@@ -110,28 +110,28 @@ class Load:
 
 
 @pytest.fixture
-def servers(world: World, tmp_path: Path) -> Iterator[Servers]:
+def servers(world: TestData, tmp_path: Path) -> Iterator[Servers]:
     servers = Servers(tmp_path)
     yield servers
     servers.end()
 
 
 @pytest.fixture
-def load(world: World, servers: Servers) -> Iterator[Load]:
+def load(world: TestData, servers: Servers) -> Iterator[Load]:
     """Begins at once: its first connections wait in the socket until a process is there."""
     load = Load(servers.base_url, world.device("mini"))
     yield load
     load.end()
 
 
-def assert_nothing_lost(world: World, load: Load) -> None:
+def assert_nothing_lost(world: TestData, load: Load) -> None:
     load.end()
     assert load.failures == []
     queued = {item_id for (item_id,) in world.icloud("SELECT batch_item_id FROM icloud.send_queue")}
     assert queued == set(load.sent)
 
 
-def test_a_restart_under_load_fails_no_request(world: World, servers: Servers, load: Load) -> None:
+def test_a_restart_under_load_fails_no_request(world: TestData, servers: Servers, load: Load) -> None:
     """One process, stopped before its successor starts: connections wait in the socket meanwhile."""
     for _ in range(3):
         process = servers.start()
@@ -143,7 +143,7 @@ def test_a_restart_under_load_fails_no_request(world: World, servers: Servers, l
 
 
 def test_processes_on_one_socket_share_the_load_and_are_replaced_one_by_one(
-    world: World, servers: Servers, load: Load
+    world: TestData, servers: Servers, load: Load
 ) -> None:
     old = [servers.start(), servers.start()]
     for process in old:

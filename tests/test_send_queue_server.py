@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import SERVICE_TOKEN, PrivatePostgres, Script, World, until
+from testing import SERVICE_TOKEN, PrivatePostgres, Script, TestData, wait_until
 
 import db
 import serving
@@ -76,11 +76,11 @@ def mac(base_url: str, mac_id: str) -> Client:
 
 
 @pytest.fixture
-def mac_id(world: World) -> str:
+def mac_id(world: TestData) -> str:
     return world.device("mac-mini")
 
 
-def row(world: World, queue_id: str) -> dict[str, Any]:
+def row(world: TestData, queue_id: str) -> dict[str, Any]:
     columns = "status, sent_at, failure_reason, collected_at, withdrawn_at, valid_until, updated_at, device_id"
     [values] = world.icloud(f"SELECT {columns} FROM icloud.send_queue WHERE id = %(id)s", id=queue_id)
     return dict(zip(columns.split(", "), values, strict=True))
@@ -139,7 +139,7 @@ def test_neither_token_opens_the_other_ones_paths(base_url: str, admin: Client, 
     assert admin.result(str(uuid.uuid4())).status_code == 401
 
 
-def test_a_plain_token_and_a_stored_digest_both_authenticate(world: World, base_url: str) -> None:
+def test_a_plain_token_and_a_stored_digest_both_authenticate(world: TestData, base_url: str) -> None:
     device_id, token = db.add_device("with a digest")
     assert world.icloud("SELECT token FROM icloud.devices") == [(db.hash_token(token),)]
     world.device(token="plain-token")
@@ -154,7 +154,7 @@ def test_a_digest_from_a_stolen_dump_is_no_token(base_url: str, databases: objec
     assert Client(base_url, db.hash_token(token)).call("GET", PENDING).status_code == 401
 
 
-def test_a_device_with_an_empty_token_lets_nobody_in(world: World, base_url: str) -> None:
+def test_a_device_with_an_empty_token_lets_nobody_in(world: TestData, base_url: str) -> None:
     world.icloud("INSERT INTO icloud.devices (name, token) VALUES ('empty', '')")
     assert Client(base_url, None).call("GET", PENDING).status_code == 401
 
@@ -168,7 +168,7 @@ def test_the_scheme_is_read_in_any_case(base_url: str, mac_id: str) -> None:
 
 @pytest.mark.parametrize("index", [True, False], ids=["by the index", "by any plan"])
 def test_a_device_gets_its_queued_messages_oldest_first_and_fifty_at_most(
-    world: World, admin: Client, mac: Client, mac_id: str, index: bool
+    world: TestData, admin: Client, mac: Client, mac_id: str, index: bool
 ) -> None:
     if not index:  # which has the same order
         [(name,)] = world.icloud("SELECT current_database()")
@@ -193,7 +193,7 @@ def test_a_device_gets_its_queued_messages_oldest_first_and_fifty_at_most(
 
 
 def test_a_message_is_collected_once_and_handed_out_until_its_result_is_in(
-    world: World, admin: Client, mac: Client, mac_id: str
+    world: TestData, admin: Client, mac: Client, mac_id: str
 ) -> None:
     queue_id = admin.enqueued(mac_id)
     assert row(world, queue_id)["collected_at"] is None
@@ -207,7 +207,7 @@ def test_a_message_is_collected_once_and_handed_out_until_its_result_is_in(
 
 
 def test_a_row_past_its_time_is_not_handed_out_for_the_first_time(
-    world: World, admin: Client, mac: Client, mac_id: str
+    world: TestData, admin: Client, mac: Client, mac_id: str
 ) -> None:
     late = admin.enqueued(mac_id, validUntil="2020-01-01T00:00:00Z")
     collected = admin.enqueued(mac_id, validUntil="2099-01-01T00:00:00+02:00")
@@ -217,14 +217,16 @@ def test_a_row_past_its_time_is_not_handed_out_for_the_first_time(
     assert row(world, late)["collected_at"] is None
 
 
-def test_a_withdrawn_or_finished_row_is_not_handed_out(world: World, admin: Client, mac: Client, mac_id: str) -> None:
+def test_a_withdrawn_or_finished_row_is_not_handed_out(
+    world: TestData, admin: Client, mac: Client, mac_id: str
+) -> None:
     withdrawn, failed = admin.enqueued(mac_id), admin.enqueued(mac_id)
     world.icloud("UPDATE icloud.send_queue SET status = 'failed', withdrawn_at = now() WHERE id = %(id)s", id=withdrawn)
     mac.result(failed, "failed")
     assert mac.pending() == []
 
 
-def test_a_poll_notes_when_the_device_was_seen_but_not_at_every_poll(world: World, mac: Client) -> None:
+def test_a_poll_notes_when_the_device_was_seen_but_not_at_every_poll(world: TestData, mac: Client) -> None:
     def seen() -> Any:
         return world.icloud("SELECT last_seen_at FROM icloud.devices")[0][0]
 
@@ -239,7 +241,7 @@ def test_a_poll_notes_when_the_device_was_seen_but_not_at_every_poll(world: Worl
     assert seen() >= first
 
 
-def test_an_idle_poll_writes_nothing(world: World, mac: Client) -> None:
+def test_an_idle_poll_writes_nothing(world: TestData, mac: Client) -> None:
     mac.pending()
     version = "SELECT xmin, ctid FROM icloud.devices"
     before = world.icloud(version)
@@ -251,7 +253,7 @@ def test_an_idle_poll_writes_nothing(world: World, mac: Client) -> None:
 # --- result -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_result_is_recorded(world: World, admin: Client, mac: Client, mac_id: str) -> None:
+def test_a_result_is_recorded(world: TestData, admin: Client, mac: Client, mac_id: str) -> None:
     sent, failed = admin.enqueued(mac_id), admin.enqueued(mac_id)
     assert mac.result(sent, error="ignored").json()["data"] == {"id": sent, "status": "sent"}
     assert mac.result(failed, "failed", error="not on iMessage").json()["data"] == {"id": failed, "status": "failed"}
@@ -263,7 +265,9 @@ def test_a_result_is_recorded(world: World, admin: Client, mac: Client, mac_id: 
 
 
 @pytest.mark.parametrize(("first", "other"), [("sent", "failed"), ("failed", "sent")])
-def test_a_result_never_changes(world: World, admin: Client, mac: Client, mac_id: str, first: str, other: str) -> None:
+def test_a_result_never_changes(
+    world: TestData, admin: Client, mac: Client, mac_id: str, first: str, other: str
+) -> None:
     queue_id = admin.enqueued(mac_id)
     mac.result(queue_id, first, error="the first words")
     recorded = row(world, queue_id)
@@ -272,7 +276,7 @@ def test_a_result_never_changes(world: World, admin: Client, mac: Client, mac_id
     assert row(world, queue_id) == recorded
 
 
-def test_a_devices_words_never_cost_the_result(world: World, admin: Client, mac: Client, mac_id: str) -> None:
+def test_a_devices_words_never_cost_the_result(world: TestData, admin: Client, mac: Client, mac_id: str) -> None:
     words = {"": "the device gave no reason", "x" * 5000: "x" * 1000, "a\0b": "a\ufffdb", "a\ud800b": "a\ufffdb"}
     for error, reason in words.items():
         queue_id = admin.enqueued(mac_id)
@@ -280,7 +284,7 @@ def test_a_devices_words_never_cost_the_result(world: World, admin: Client, mac:
         assert row(world, queue_id)["failure_reason"] == reason
 
 
-def test_damaged_utf8_in_a_devices_words_is_replaced(world: World, admin: Client, mac: Client, mac_id: str) -> None:
+def test_damaged_utf8_in_a_devices_words_is_replaced(world: TestData, admin: Client, mac: Client, mac_id: str) -> None:
     queue_id = admin.enqueued(mac_id)
     body = b'{"status": "failed", "error": "caf\xe9"}'
     assert mac.call("POST", f"/client/imessage/send-queue/{queue_id}/result", body).status_code == 200
@@ -288,7 +292,7 @@ def test_damaged_utf8_in_a_devices_words_is_replaced(world: World, admin: Client
 
 
 def test_what_is_unknown_or_anothers_is_the_same_404(
-    world: World, base_url: str, admin: Client, mac: Client, mac_id: str
+    world: TestData, base_url: str, admin: Client, mac: Client, mac_id: str
 ) -> None:
     world.device("other")
     queue_id = admin.enqueued(mac_id)
@@ -312,7 +316,7 @@ BAD_RESULTS = [
 ]
 
 
-def test_a_result_that_cannot_be_read_changes_nothing(world: World, admin: Client, mac: Client, mac_id: str) -> None:
+def test_a_result_that_cannot_be_read_changes_nothing(world: TestData, admin: Client, mac: Client, mac_id: str) -> None:
     queue_id = admin.enqueued(mac_id)
     path = f"/client/imessage/send-queue/{queue_id}/result"
     for body in BAD_RESULTS:
@@ -321,7 +325,7 @@ def test_a_result_that_cannot_be_read_changes_nothing(world: World, admin: Clien
     assert row(world, queue_id)["status"] == "queued"
 
 
-def test_of_two_results_at_once_one_is_recorded(world: World, admin: Client, mac: Client, mac_id: str) -> None:
+def test_of_two_results_at_once_one_is_recorded(world: TestData, admin: Client, mac: Client, mac_id: str) -> None:
     for _ in range(10):
         queue_id = admin.enqueued(mac_id)
         with ThreadPoolExecutor(2) as pool:
@@ -331,14 +335,14 @@ def test_of_two_results_at_once_one_is_recorded(world: World, admin: Client, mac
         assert row(world, queue_id)["status"] == winner.json()["data"]["status"]
 
 
-def test_a_result_that_meets_another_waits_for_it(world: World, admin: Client, mac: Client, mac_id: str) -> None:
+def test_a_result_that_meets_another_waits_for_it(world: TestData, admin: Client, mac: Client, mac_id: str) -> None:
     queue_id = admin.enqueued(mac_id)
     with closing(db.connect(world.databases.icloud_url)) as first, ThreadPoolExecutor(1) as pool:
         first.autocommit = False
         sql = "UPDATE icloud.send_queue SET status = 'sent', sent_at = now() WHERE id = %(id)s"
         db.query(first, sql, {"id": queue_id})
         answer = pool.submit(mac.result, queue_id, "failed")
-        until(lambda: waits_for_a_lock(world))
+        wait_until(lambda: waits_for_a_lock(world))
         first.commit()
         assert answer.result().status_code == 409
     assert row(world, queue_id)["status"] == "sent"
@@ -349,7 +353,7 @@ def test_a_result_that_meets_another_waits_for_it(world: World, admin: Client, m
 
 @pytest.mark.parametrize("status", ["queued", "sent"])
 def test_the_same_item_again_gets_the_row_it_has(
-    world: World, admin: Client, mac: Client, mac_id: str, status: str
+    world: TestData, admin: Client, mac: Client, mac_id: str, status: str
 ) -> None:
     item_id = str(uuid.uuid4())
     queue_id = admin.enqueued(mac_id, batchItemId=item_id)
@@ -364,7 +368,7 @@ def test_the_same_item_again_gets_the_row_it_has(
 @pytest.mark.parametrize("change", [{"body": "Other"}, {"toHandle": "a@example.com"}, {"deviceId": "other"}])
 @pytest.mark.parametrize("status", ["queued", "sent"])
 def test_other_content_for_an_item_in_the_queue_is_refused_with_its_row(
-    world: World, admin: Client, mac: Client, mac_id: str, change: dict[str, str], status: str
+    world: TestData, admin: Client, mac: Client, mac_id: str, change: dict[str, str], status: str
 ) -> None:
     item_id = str(uuid.uuid4())
     queue_id = admin.enqueued(mac_id, batchItemId=item_id)
@@ -380,7 +384,7 @@ def test_other_content_for_an_item_in_the_queue_is_refused_with_its_row(
 
 @pytest.mark.parametrize("ended", ["failure_reason = 'not on iMessage'", "withdrawn_at = now()"])
 def test_an_item_whose_row_failed_or_was_withdrawn_gets_a_new_row(
-    world: World, admin: Client, mac_id: str, ended: str
+    world: TestData, admin: Client, mac_id: str, ended: str
 ) -> None:
     item_id = str(uuid.uuid4())
     first = admin.enqueued(mac_id, batchItemId=item_id)
@@ -390,7 +394,7 @@ def test_an_item_whose_row_failed_or_was_withdrawn_gets_a_new_row(
     assert [row(world, queue_id)["status"] for queue_id in (first, second)] == ["failed", "queued"]
 
 
-def test_twenty_threads_enqueue_one_item_once(world: World, admin: Client, mac_id: str) -> None:
+def test_twenty_threads_enqueue_one_item_once(world: TestData, admin: Client, mac_id: str) -> None:
     item_id = str(uuid.uuid4())
     with ThreadPoolExecutor(20) as pool:
         queue_ids = set(pool.map(lambda _: admin.enqueued(mac_id, batchItemId=item_id), range(20)))
@@ -410,7 +414,7 @@ BAD_FIELDS: dict[str, list[object]] = {
 }
 
 
-def test_a_field_that_cannot_be_right_is_refused_by_name(world: World, admin: Client, mac_id: str) -> None:
+def test_a_field_that_cannot_be_right_is_refused_by_name(world: TestData, admin: Client, mac_id: str) -> None:
     for field, value in [(field, value) for field, values in BAD_FIELDS.items() for value in values]:
         answer = admin.enqueue(mac_id, **{field: value})
         assert (answer.status_code, value) == (400, value)
@@ -443,7 +447,7 @@ FAR_INSTANTS = {
 
 @pytest.mark.parametrize(("valid_until", "instant"), FAR_INSTANTS.items())
 def test_any_instant_with_its_offset_can_be_a_messages_last(
-    world: World, admin: Client, mac_id: str, valid_until: str, instant: str
+    world: TestData, admin: Client, mac_id: str, valid_until: str, instant: str
 ) -> None:
     admin.enqueued(mac_id, validUntil=valid_until)
     kept = "SELECT valid_until = %(instant)s::timestamptz FROM icloud.send_queue"
@@ -474,7 +478,7 @@ def test_an_unknown_path_is_a_404(admin: Client) -> None:
 
 
 def test_another_method_is_a_405_that_names_the_right_one(
-    world: World, base_url: str, admin: Client, mac: Client, mac_id: str
+    world: TestData, base_url: str, admin: Client, mac: Client, mac_id: str
 ) -> None:
     queue_id = admin.enqueued(mac_id)
     result = f"/client/imessage/send-queue/{queue_id}/result"
@@ -524,7 +528,7 @@ def test_status_without_a_device_has_only_the_last_hour(admin: Client, databases
 
 
 def test_status_tells_what_waits_for_each_device_and_the_last_hours_results(
-    world: World, admin: Client, mac: Client, mac_id: str
+    world: TestData, admin: Client, mac: Client, mac_id: str
 ) -> None:
     other_id = world.device("older")
     world.icloud("UPDATE icloud.devices SET created_at = now() - interval '1 day' WHERE id = %(id)s", id=other_id)
@@ -552,7 +556,7 @@ def test_status_tells_what_waits_for_each_device_and_the_last_hours_results(
 
 
 def test_each_request_is_one_statement(
-    world: World, admin: Client, mac: Client, mac_id: str, monkeypatch: pytest.MonkeyPatch
+    world: TestData, admin: Client, mac: Client, mac_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue_id = admin.enqueued(mac_id)
     for _ in range(8):  # each thread of the server has prepared its statements by then
@@ -584,7 +588,7 @@ def test_each_request_is_one_statement(
 
 
 def test_a_server_that_is_newer_than_the_tables_says_what_to_run_and_needs_no_restart_after_it(
-    world: World, admin: Client, mac: Client, mac_id: str, caplog: pytest.LogCaptureFixture
+    world: TestData, admin: Client, mac: Client, mac_id: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """503 and not 500, which would fail the dispatcher's items."""
     for older in ("ALTER TABLE icloud.send_queue DROP COLUMN valid_until", "DROP TABLE icloud.send_queue"):
@@ -630,7 +634,7 @@ def test_a_bug_is_a_500_in_json_and_its_words_are_not_logged(
 
 
 def test_a_statement_that_fails_is_a_500_without_sql(
-    world: World, admin: Client, mac_id: str, caplog: pytest.LogCaptureFixture
+    world: TestData, admin: Client, mac_id: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     world.icloud("ALTER TABLE icloud.send_queue ADD CONSTRAINT no_hello CHECK (body <> 'Hello!')")
     answer = admin.enqueue(mac_id)
@@ -648,7 +652,7 @@ AT_FAULT = ["22001", "22P02", "23514", "P0001", "XX000"]
 
 
 def test_an_error_is_a_503_when_it_says_not_now_and_a_500_when_it_judges_the_statement(
-    world: World, admin: Client, mac_id: str
+    world: TestData, admin: Client, mac_id: str
 ) -> None:
     world.icloud("""
         CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql
@@ -665,7 +669,7 @@ def test_an_error_is_a_503_when_it_says_not_now_and_a_500_when_it_judges_the_sta
 
 
 def test_a_database_that_is_away_is_a_503_and_its_return_is_noticed_at_once(
-    world: World, base_url: str, admin: Client, mac: Client, mac_id: str
+    world: TestData, base_url: str, admin: Client, mac: Client, mac_id: str
 ) -> None:
     assert mac.pending() == []
     [(name,)] = world.icloud("SELECT current_database()")
@@ -718,13 +722,13 @@ def test_postgresql_killed_under_load_is_a_503_until_it_is_back_and_costs_no_mes
     with ThreadPoolExecutor(4) as pool:
         clients = [pool.submit(load.run) for _ in range(4)]
         try:
-            until(lambda: load.answered(200, since=0))
+            wait_until(lambda: load.answered(200, since=0))
             killed = time.monotonic()
             private_postgres.kill()
-            until(lambda: load.answered(503, since=killed))
+            wait_until(lambda: load.answered(503, since=killed))
             private_postgres.start()
             back = time.monotonic()
-            until(lambda: load.answered(200, since=back + 1))
+            wait_until(lambda: load.answered(200, since=back + 1))
         finally:
             load.stopped.set()
         for client in clients:
@@ -753,7 +757,7 @@ def half_a_request(base_url: str, number: int) -> socket.socket:
     return connection
 
 
-def test_fifty_slow_clients_do_not_keep_the_next_one_waiting(world: World, server: tuple[Script, str]) -> None:
+def test_fifty_slow_clients_do_not_keep_the_next_one_waiting(world: TestData, server: tuple[Script, str]) -> None:
     world.device("mac-mini")
     slow = [half_a_request(server[1], number) for number in range(50)]
     start = time.monotonic()
@@ -798,7 +802,7 @@ def test_what_is_too_large_to_be_read_is_refused_in_words(base_url: str, header:
         assert read_answers(connection, 1) == [{"success": False, "error": words}]
 
 
-def test_requests_sent_at_once_are_answered_at_once(world: World, server: tuple[Script, str]) -> None:
+def test_requests_sent_at_once_are_answered_at_once(world: TestData, server: tuple[Script, str]) -> None:
     world.device("mac-mini")
     start = time.monotonic()
     with pipelined(server[1], "mac-mini", 5) as connection:
@@ -807,7 +811,7 @@ def test_requests_sent_at_once_are_answered_at_once(world: World, server: tuple[
 
 
 def test_a_client_that_does_not_read_its_responses_keeps_nobody_waiting(
-    world: World, start: Callable[..., Script], databases: object
+    world: TestData, start: Callable[..., Script], databases: object
 ) -> None:
     """It sends ten polls of 3 MB at once, to the only thread, and reads late; some of them it has to send again."""
     script = start("send_queue_server.py", SEND_QUEUE_PORT="0", SEND_QUEUE_THREADS="1", LOG_LEVEL="DEBUG")
@@ -825,7 +829,7 @@ def test_a_client_that_does_not_read_its_responses_keeps_nobody_waiting(
         assert connection.recv(1) == b""
 
 
-def fill(world: World, device_id: str, count: int, size: int) -> None:
+def fill(world: TestData, device_id: str, count: int, size: int) -> None:
     """So many messages of so many characters for the device."""
     sql = """
         INSERT INTO icloud.send_queue (device_id, to_handle, body)
@@ -835,7 +839,7 @@ def fill(world: World, device_id: str, count: int, size: int) -> None:
 
 
 def test_a_stop_waits_for_a_client_that_reads_slowly_and_for_none_that_does_not_read(
-    world: World, server: tuple[Script, str]
+    world: TestData, server: tuple[Script, str]
 ) -> None:
     script, base_url = server
     for name in ("reader", "sleeper"):
@@ -859,7 +863,7 @@ def test_a_stop_waits_for_a_client_that_reads_slowly_and_for_none_that_does_not_
         assert time.monotonic() - begin < 6
 
 
-def test_a_request_that_the_database_holds_does_not_hold_a_stop(world: World, start: Callable[..., Script]) -> None:
+def test_a_request_that_the_database_holds_does_not_hold_a_stop(world: TestData, start: Callable[..., Script]) -> None:
     world.device("mac-mini")
     patient = f"{world.databases.icloud_url} options='-c lock_timeout=60s -c statement_timeout=60s'"
     code = "import serving, send_queue_server; serving.SHUTDOWN_TIMEOUT = 2; send_queue_server.main([])"
@@ -869,7 +873,7 @@ def test_a_request_that_the_database_holds_does_not_hold_a_stop(world: World, st
         holder.autocommit = False
         db.query(holder, "LOCK TABLE icloud.send_queue")
         with pipelined(base_url, "mac-mini", 1):
-            until(lambda: waits_for_a_lock(world))
+            wait_until(lambda: waits_for_a_lock(world))
             begin = time.monotonic()
             assert script.end() == 0
             assert 1.9 < time.monotonic() - begin < 5
@@ -882,7 +886,7 @@ def test_a_server_whose_main_thread_fails_ends_so_that_it_is_started_again(start
     assert "AttributeError" in script.log.read_text()
 
 
-def test_sigterm_lets_the_request_in_hand_end(world: World, server: tuple[Script, str]) -> None:
+def test_sigterm_lets_the_request_in_hand_end(world: TestData, server: tuple[Script, str]) -> None:
     script, base_url = server
     mac_id = world.device("mac-mini")
     mac = Client(base_url, "mac-mini")
@@ -891,7 +895,7 @@ def test_sigterm_lets_the_request_in_hand_end(world: World, server: tuple[Script
         holder.autocommit = False
         db.query(holder, "SELECT FROM icloud.send_queue FOR UPDATE")
         answer = pool.submit(mac.result, queue_id)
-        until(lambda: waits_for_a_lock(world))
+        wait_until(lambda: waits_for_a_lock(world))
         script.process.terminate()
         script.wait_for("stopping")
         time.sleep(1.5)  # longer than a silent client has
@@ -911,7 +915,7 @@ def test_the_server_does_not_start_without_a_service_token_of_sixteen_characters
     assert "MAC_SYNC_SERVICE_TOKEN" in script.lines()[-1]
 
 
-def test_a_port_in_use_is_said(world: World, server: tuple[Script, str], start: Callable[..., Script]) -> None:
+def test_a_port_in_use_is_said(world: TestData, server: tuple[Script, str], start: Callable[..., Script]) -> None:
     port = server[1].rsplit(":", 1)[1]
     script = start("send_queue_server.py", SEND_QUEUE_PORT=port)
     assert script.process.wait(10) == 2
@@ -933,26 +937,26 @@ WITHDRAW = """
 
 @pytest.mark.parametrize("withdrawn", [True, False])
 def test_a_poll_that_meets_a_withdrawal_waits_for_its_outcome(
-    world: World, admin: Client, mac: Client, mac_id: str, withdrawn: bool
+    world: TestData, admin: Client, mac: Client, mac_id: str, withdrawn: bool
 ) -> None:
     queue_id = admin.enqueued(mac_id)
     with closing(db.connect(world.databases.icloud_url)) as dispatcher, ThreadPoolExecutor(1) as pool:
         dispatcher.autocommit = False
         db.query(dispatcher, WITHDRAW)
         polled = pool.submit(mac.pending)
-        until(lambda: waits_for_a_lock(world))
+        wait_until(lambda: waits_for_a_lock(world))
         dispatcher.commit() if withdrawn else dispatcher.rollback()
         items = polled.result()
     assert [item["id"] for item in items] == ([] if withdrawn else [queue_id])
     assert (row(world, queue_id)["collected_at"] is None) is withdrawn
 
 
-def waits_for_a_lock(world: World) -> bool:
+def waits_for_a_lock(world: TestData) -> bool:
     sql = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
     return len(world.icloud(sql)) == 1
 
 
-def test_a_row_is_never_both_handed_out_and_withdrawn(world: World, admin: Client, mac: Client, mac_id: str) -> None:
+def test_a_row_is_never_both_handed_out_and_withdrawn(world: TestData, admin: Client, mac: Client, mac_id: str) -> None:
     for _ in range(15):
         queue_ids = {admin.enqueued(mac_id) for _ in range(3)}
         together = threading.Barrier(2)

@@ -13,16 +13,17 @@ from typing import Any
 import psycopg2
 import pytest
 import requests
-from conftest import ROOT, SERVICE_TOKEN, Databases, World, on_database
+from testing import ROOT, SERVICE_TOKEN, Databases, TestData, on_database
 
 import db
 import dispatcher
+import forecast
 import pacing
 import report
 import status
 
 INTERVAL = timedelta(seconds=30)
-Setting = Callable[[World], object]
+Setting = Callable[[TestData], object]
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def ago(**length: float) -> datetime:
     return datetime.now(UTC) - timedelta(**length)
 
 
-def alive(world: World) -> None:
+def alive(world: TestData) -> None:
     """A dispatcher whose last tick was 18 s ago, and a device that has just polled."""
     world.settings(last_tick_at=ago(seconds=18), last_synced_at=ago(seconds=18), last_dispatched_at=ago(seconds=18))
     world.device()
@@ -50,12 +51,12 @@ def hours(start: float, end: float) -> tuple[str, str]:
     return f"{now + timedelta(hours=start):%H:%M}", f"{now + timedelta(hours=end):%H:%M}"
 
 
-def quiet(world: World, start: float = -1, end: float = 1) -> None:
+def quiet(world: TestData, start: float = -1, end: float = 1) -> None:
     first, last = hours(start, end)
     world.settings(quiet_hours_start=first, quiet_hours_end=last, quiet_hours_tz="UTC")
 
 
-def in_flight(world: World, count: int = 1, batch_id: str | None = None, seen: float | None = 3) -> str:
+def in_flight(world: TestData, count: int = 1, batch_id: str | None = None, seen: float | None = 3) -> str:
     """Items in flight whose rows the device, last seen so many seconds ago, has not collected."""
     batch_id = batch_id or world.batch()
     device_id = world.icloud("SELECT id FROM icloud.devices LIMIT 1")[0][0]
@@ -67,202 +68,202 @@ def in_flight(world: World, count: int = 1, batch_id: str | None = None, seen: f
     return batch_id
 
 
-def sent(world: World, count: int, **length: float) -> None:
+def sent(world: TestData, count: int, **length: float) -> None:
     old = world.batch(status="sent")
     for _ in range(count):
         world.item(old, status="sent", sent_at=ago(**length))
 
 
-def idle(world: World) -> None: ...
+def idle(world: TestData) -> None: ...
 
 
-def sending(world: World) -> None:
+def sending(world: TestData) -> None:
     world.batch(clients=2)
 
 
-def paused(world: World) -> None:
+def paused(world: TestData) -> None:
     sending(world)
     world.settings(paused=True)
 
 
-def no_settings(world: World) -> None:
+def no_settings(world: TestData) -> None:
     sending(world)
     world.quinn("DELETE FROM outreach_settings")
 
 
-def in_quiet_hours(world: World) -> None:
+def in_quiet_hours(world: TestData) -> None:
     sending(world)
     quiet(world)
 
 
-def invalid_quiet_hours(world: World) -> None:
+def invalid_quiet_hours(world: TestData) -> None:
     sending(world)
     world.settings(quiet_hours_start="25:00", quiet_hours_end="08:00")
 
 
-def stopped(world: World) -> None:
+def stopped(world: TestData) -> None:
     sending(world)
     world.settings(last_tick_at=ago(minutes=11))
 
 
-def never_ran(world: World) -> None:
+def never_ran(world: TestData) -> None:
     sending(world)
     world.settings(last_tick_at=None)
 
 
-def hour_is_full(world: World) -> None:
+def hour_is_full(world: TestData) -> None:
     sending(world)
     sent(world, 3, minutes=20)
     world.settings(max_per_hour=3)
 
 
-def minute_and_hour_are_full(world: World) -> None:
+def minute_and_hour_are_full(world: TestData) -> None:
     sending(world)
     sent(world, 3, seconds=10)
     world.settings(max_per_minute=1, max_per_hour=3)
 
 
-def day_is_full(world: World) -> None:
+def day_is_full(world: TestData) -> None:
     sending(world)
     sent(world, 2, hours=5)
     world.settings(max_per_hour=1, max_per_day=2)
 
 
-def zero(world: World) -> None:
+def zero(world: TestData) -> None:
     sending(world)
     world.settings(max_per_day=0)
 
 
-def zero_and_in_flight(world: World) -> None:
+def zero_and_in_flight(world: TestData) -> None:
     in_flight(world)
     sending(world)
     world.settings(max_per_minute=1, max_per_day=0)
 
 
-def device_is_off(world: World) -> None:
+def device_is_off(world: TestData) -> None:
     sending(world)
     in_flight(world, 2, seen=3 * 3600 + 60)
     world.settings(max_per_minute=2)
 
 
-def device_is_slow(world: World) -> None:
+def device_is_slow(world: TestData) -> None:
     sending(world)
     in_flight(world, 2)
     world.settings(max_per_minute=2)
 
 
-def device_never_seen(world: World) -> None:
+def device_never_seen(world: TestData) -> None:
     in_flight(world, seen=None)
 
 
-def last_in_flight(world: World) -> None:
+def last_in_flight(world: TestData) -> None:
     in_flight(world)
 
 
-def results_to_read(world: World) -> None:
+def results_to_read(world: TestData) -> None:
     in_flight(world)
     world.icloud("UPDATE icloud.send_queue SET status = 'sent', sent_at = now()")
 
 
-def gap(world: World) -> None:
+def gap(world: TestData) -> None:
     world.item(world.batch(clients=1), status="sent", sent_at=ago(seconds=40))
     world.settings(min_gap_seconds=300)
 
 
-def gap_of_one(world: World) -> None:
+def gap_of_one(world: TestData) -> None:
     gap(world)
     world.batch(clients=1)
 
 
-def gap_in_flight(world: World) -> None:
+def gap_in_flight(world: TestData) -> None:
     in_flight(world, batch_id=world.batch(clients=1), seen=7200)
     world.settings(min_gap_seconds=30)
 
 
-def gap_and_limit(world: World) -> None:
+def gap_and_limit(world: TestData) -> None:
     gap(world)
     world.settings(max_per_hour=1)
 
 
-def paused_in_quiet_hours(world: World) -> None:
+def paused_in_quiet_hours(world: TestData) -> None:
     in_quiet_hours(world)
     world.settings(paused=True)
 
 
-def quiet_and_full(world: World) -> None:
+def quiet_and_full(world: TestData) -> None:
     hour_is_full(world)
     quiet(world)
 
 
-def paused_and_off(world: World) -> None:
+def paused_and_off(world: TestData) -> None:
     device_is_off(world)
     world.settings(paused=True)
 
 
-def stopped_and_paused(world: World) -> None:
+def stopped_and_paused(world: TestData) -> None:
     paused(world)
     world.settings(last_tick_at=ago(hours=2))
 
 
-def no_device(world: World) -> None:
+def no_device(world: TestData) -> None:
     sending(world)
     world.icloud("DELETE FROM icloud.devices")
 
 
-def no_device_in_quiet_hours(world: World) -> None:
+def no_device_in_quiet_hours(world: TestData) -> None:
     no_device(world)
     quiet(world)
 
 
-def only_drafts(world: World) -> None:
+def only_drafts(world: TestData) -> None:
     world.batch(clients=2, status="draft")
     world.batch(clients=2, status="paused")
     world.batch(clients=1, dry_run=True)
 
 
-def no_items_yet(world: World) -> None:
+def no_items_yet(world: TestData) -> None:
     world.batch()
 
 
-def claimed(world: World) -> None:
+def claimed(world: TestData) -> None:
     world.item(world.batch(), claimed_at=ago(seconds=2))
     world.settings(max_per_minute=1)
 
 
-def server_is_down(world: World) -> None:
+def server_is_down(world: TestData) -> None:
     world.item(world.batch(), claimed_at=ago(minutes=4))
     world.settings(max_per_minute=1)
 
 
-def server_is_down_at_night(world: World) -> None:
+def server_is_down_at_night(world: TestData) -> None:
     server_is_down(world)
     quiet(world)
 
 
-def sync_fails(world: World) -> None:
+def sync_fails(world: TestData) -> None:
     in_flight(world)
     world.settings(last_tick_at=ago(seconds=5), last_synced_at=ago(hours=2, seconds=5))
 
 
-def dispatch_fails_while_paused(world: World) -> None:
+def dispatch_fails_while_paused(world: TestData) -> None:
     paused(world)
     world.settings(last_tick_at=ago(seconds=5), last_dispatched_at=ago(minutes=20))
 
 
-def sync_never_worked(world: World) -> None:
+def sync_never_worked(world: TestData) -> None:
     world.settings(last_synced_at=None)
 
 
-def one_batch_below_the_limit(world: World) -> None:
+def one_batch_below_the_limit(world: TestData) -> None:
     world.batch(clients=3)
     world.settings(max_per_minute=60)
 
 
-def unreadable_number(world: World) -> None:
+def unreadable_number(world: TestData) -> None:
     world.batch(clients=[world.client("0170 1234567"), world.client()])
 
 
-def all_have_ended(world: World) -> None:
+def all_have_ended(world: TestData) -> None:
     world.item(world.batch(status="sent"), status="failed", failure_reason="not registered")
 
 
@@ -312,7 +313,7 @@ SITUATIONS: list[tuple[Setting, str, int]] = [
 
 @pytest.mark.parametrize(("situation", "line", "code"), SITUATIONS, ids=[case[0].__name__ for case in SITUATIONS])
 def test_the_first_line_names_the_gate(
-    world: World, capsys: pytest.CaptureFixture[str], situation: Setting, line: str, code: int
+    world: TestData, capsys: pytest.CaptureFixture[str], situation: Setting, line: str, code: int
 ) -> None:
     alive(world)
     situation(world)
@@ -322,7 +323,7 @@ def test_the_first_line_names_the_gate(
 
 @pytest.mark.parametrize("situation", [case[0] for case in SITUATIONS], ids=[case[0].__name__ for case in SITUATIONS])
 def test_what_status_says_is_what_the_next_tick_does(
-    world: World, mac_sync: dispatcher.SendQueueClient, situation: Setting
+    world: TestData, mac_sync: dispatcher.SendQueueClient, situation: Setting
 ) -> None:
     alive(world)
     situation(world)
@@ -355,7 +356,7 @@ def test_with_both_databases_down_it_says_so_and_what_to_do() -> None:
     assert "secret-word" not in done.stdout + done.stderr
 
 
-def test_with_one_database_down_it_still_shows_the_other(world: World) -> None:
+def test_with_one_database_down_it_still_shows_the_other(world: TestData) -> None:
     alive(world)
     sending(world)
     done = run(QUINN_ICLOUD_DB_URL=NOWHERE)
@@ -368,7 +369,7 @@ def test_with_one_database_down_it_still_shows_the_other(world: World) -> None:
     assert "mac-mini" in done.stdout
 
 
-def test_a_url_that_is_none_is_named_and_not_shown(world: World) -> None:
+def test_a_url_that_is_none_is_named_and_not_shown(world: TestData) -> None:
     done = run(QUINN_DB_URL="somebody secret-word")
     assert done.returncode == 2
     assert done.stderr.startswith("status.py: QUINN_DB_URL is no PostgreSQL URL: set it to one such as postgresql://")
@@ -393,7 +394,7 @@ def test_a_role_that_may_not_read_is_told_what_to_grant(databases: Databases) ->
     )
 
 
-def test_a_lock_that_is_held_is_not_a_server_that_is_away(world: World) -> None:
+def test_a_lock_that_is_held_is_not_a_server_that_is_away(world: TestData) -> None:
     impatient = f"{world.databases.quinn_url} options='-c lock_timeout=50ms'"
     world.quinn("BEGIN")
     world.quinn("LOCK TABLE outreach_batches IN ACCESS EXCLUSIVE MODE")
@@ -458,7 +459,7 @@ def test_a_server_that_lets_nobody_in_says_why(words: str, what: str) -> None:
     assert db.diagnose(error, "icloud").what == f"database icloud {what}"
 
 
-def contents(world: World) -> list[list[db.Row]]:
+def contents(world: TestData) -> list[list[db.Row]]:
     quinn = ("outreach_batches", "outreach_batch_items", "outreach_settings", "clients", "contact_relationships")
     icloud = ("icloud.devices", "icloud.send_queue")
     return [
@@ -467,7 +468,7 @@ def contents(world: World) -> list[list[db.Row]]:
     ]
 
 
-def test_nothing_is_written(world: World) -> None:
+def test_nothing_is_written(world: TestData) -> None:
     alive(world)
     device_is_off(world)
     server_is_down(world)
@@ -507,7 +508,7 @@ KEYS = {
 }  # fmt: skip
 
 
-def test_json_has_every_figure(world: World) -> None:
+def test_json_has_every_figure(world: TestData) -> None:
     alive(world)
     device_is_off(world)
     sent(world, 1, seconds=30)
@@ -554,7 +555,7 @@ def on_a_terminal(*arguments: str) -> str:
     return shown.decode()
 
 
-def test_a_terminal_gets_colour_and_bars_and_a_pipe_plain_lines(world: World) -> None:
+def test_a_terminal_gets_colour_and_bars_and_a_pipe_plain_lines(world: TestData) -> None:
     alive(world)
     sending(world)
     terminal, piped = on_a_terminal(), run().stdout
@@ -565,7 +566,7 @@ def test_a_terminal_gets_colour_and_bars_and_a_pipe_plain_lines(world: World) ->
     assert max(len(line) for line in re.sub("\x1b\\[[0-9;]*m", "", terminal).splitlines()) <= 80
 
 
-def test_words_from_outside_cannot_move_the_cursor(world: World) -> None:
+def test_words_from_outside_cannot_move_the_cursor(world: TestData) -> None:
     alive(world)
     world.icloud("UPDATE icloud.devices SET name = E'[red]\\x1b[2Jmac'")
     world.item(world.batch(status="sent"), status="failed", failure_reason="\x1b[2J [bold]no\nsecond line")
@@ -575,7 +576,7 @@ def test_words_from_outside_cannot_move_the_cursor(world: World) -> None:
         assert "[bold]no" in shown
 
 
-def test_why_a_single_batch_is_slower_than_its_limit_is_said(world: World) -> None:
+def test_why_a_single_batch_is_slower_than_its_limit_is_said(world: TestData) -> None:
     alive(world)
     one_batch_below_the_limit(world)
     assert (
@@ -584,7 +585,7 @@ def test_why_a_single_batch_is_slower_than_its_limit_is_said(world: World) -> No
     )
 
 
-def test_a_number_without_country_code_is_warned_of(world: World) -> None:
+def test_a_number_without_country_code_is_warned_of(world: TestData) -> None:
     alive(world)
     unreadable_number(world)
     warning = "1 pending item has a number without a country code, which may fail at the device"
@@ -594,7 +595,52 @@ def test_a_number_without_country_code_is_warned_of(world: World) -> None:
     assert "Warning" not in run(DEFAULT_REGION="DE").stdout
 
 
-def test_invalid_quiet_hours_are_warned_of_once(world: World) -> None:
+@pytest.mark.parametrize(
+    ("ahead", "words"),
+    [(6, "6 s ahead of that of quinn"), (-90, "90 s behind that of quinn"), (4, None), (-4, None)],
+)
+def test_clocks_that_differ_are_warned_of(world: TestData, ahead: int, words: str | None) -> None:
+    alive(world)
+    read = report.read_databases()
+    assert read.outreach
+    assert read.queue
+    queue = read.queue._replace(now=read.outreach.now + timedelta(seconds=ahead), read_at=read.outreach.read_at)
+    warnings = report._warnings(read.outreach, queue, read.outreach.now)
+    if words is None:
+        assert warnings == []
+    else:
+        [warning] = warnings
+        assert words in warning
+        assert "NTP" in warning
+
+
+def test_the_time_between_the_two_readings_is_no_difference_of_the_clocks(world: TestData) -> None:
+    alive(world)
+    read = report.read_databases()
+    assert read.outreach
+    assert read.queue
+    later = timedelta(seconds=60)
+    queue = read.queue._replace(now=read.queue.now + later, read_at=read.queue.read_at + later)
+    assert report._warnings(read.outreach, queue, read.outreach.now) == []
+
+
+def test_each_clock_is_read_at_the_start_of_its_transaction(world: TestData, monkeypatch: pytest.MonkeyPatch) -> None:
+    statements: list[str] = []
+    query = db.query
+
+    def record(conn: Any, sql: str, params: db.Params | None = None) -> list[db.Row]:
+        statements.append(sql)
+        return query(conn, sql, params)
+
+    monkeypatch.setattr(db, "query", record)
+    forecast.read_outreach(world.databases.quinn)
+    assert statements[0] == "SELECT now()"
+    statements.clear()
+    forecast.read_queue(world.databases.icloud, [])
+    assert statements[0] == "SELECT now()"
+
+
+def test_invalid_quiet_hours_are_warned_of_once(world: TestData) -> None:
     alive(world)
     invalid_quiet_hours(world)
     done = run()
@@ -602,7 +648,7 @@ def test_invalid_quiet_hours_are_warned_of_once(world: World) -> None:
     assert done.stderr == ""
 
 
-def test_quiet_hours_of_no_length_are_warned_of_and_it_is_said_how_to_stop_sending(world: World) -> None:
+def test_quiet_hours_of_no_length_are_warned_of_and_it_is_said_how_to_stop_sending(world: TestData) -> None:
     alive(world)
     sending(world)
     world.settings(quiet_hours_start="08:00", quiet_hours_end="8:00")
@@ -616,7 +662,7 @@ def test_quiet_hours_of_no_length_are_warned_of_and_it_is_said_how_to_stop_sendi
 
 
 @pytest.mark.parametrize(("count", "kept"), [(1, "1 message"), (2, "2 messages")])
-def test_a_late_device_is_warned_of(world: World, count: int, kept: str) -> None:
+def test_a_late_device_is_warned_of(world: TestData, count: int, kept: str) -> None:
     alive(world)
     in_flight(world, count, seen=3 * 3600)
     assert report.report(INTERVAL).warnings == [f"device 'mac-mini', last seen 3 h ago, keeps {kept} waiting"]
@@ -625,7 +671,7 @@ def test_a_late_device_is_warned_of(world: World, count: int, kept: str) -> None
 # --- the forecast of a draft --------------------------------------------------------------------------
 
 
-def test_a_draft_s_forecast_says_how_many_go_and_why_others_do_not(world: World) -> None:
+def test_a_draft_s_forecast_says_how_many_go_and_why_others_do_not(world: TestData) -> None:
     alive(world)
     handles = ["+14155550123", None, "a@example.com", "call me", None, "+14155550124"]
     draft = world.batch(clients=[world.client(handle) for handle in handles], status="draft")
@@ -644,7 +690,7 @@ def test_a_draft_s_forecast_says_how_many_go_and_why_others_do_not(world: World)
     assert run("--forecast", draft).stdout.splitlines()[0].endswith("6 items pending. If it were sent from now on:")
 
 
-def test_a_draft_waits_for_its_turn_beside_what_is_being_sent(world: World) -> None:
+def test_a_draft_waits_for_its_turn_beside_what_is_being_sent(world: TestData) -> None:
     alive(world)
     world.settings(max_per_hour=2)
     world.batch(clients=2)
@@ -654,7 +700,7 @@ def test_a_draft_waits_for_its_turn_beside_what_is_being_sent(world: World) -> N
     assert last - first == timedelta(minutes=60, seconds=30)
 
 
-def test_a_forecast_while_paused_says_what_it_takes_for_granted(world: World) -> None:
+def test_a_forecast_while_paused_says_what_it_takes_for_granted(world: TestData) -> None:
     alive(world)
     paused(world)
     seen = json.loads(run("--json", "--forecast", world.batch(clients=1, status="draft")).stdout)
@@ -662,7 +708,7 @@ def test_a_forecast_while_paused_says_what_it_takes_for_granted(world: World) ->
     assert seen["notes"] == ["sending is paused: this assumes that it goes on now"]
 
 
-def test_an_unknown_batch_is_an_error(world: World) -> None:
+def test_an_unknown_batch_is_an_error(world: TestData) -> None:
     done = run("--forecast", "00000000-0000-0000-0000-000000000000")
     assert done.returncode == 1
     assert done.stderr == "status.py: there is no batch 00000000-0000-0000-0000-000000000000\n"
@@ -676,7 +722,7 @@ def ask(base_url: str, token: str = SERVICE_TOKEN) -> requests.Response:
     return requests.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=5)
 
 
-def test_the_server_tells_what_waits_and_what_came_back(world: World, base_url: str) -> None:
+def test_the_server_tells_what_waits_and_what_came_back(world: TestData, base_url: str) -> None:
     assert ask(base_url).json()["data"] == {"devices": [], "lastHour": {"sent": 0, "failed": 0}}
     alive(world)
     in_flight(world, 3)
@@ -707,7 +753,7 @@ def test_the_server_tells_what_waits_and_what_came_back(world: World, base_url: 
     ]
 
 
-def test_the_server_s_status_is_the_service_token_s(world: World, base_url: str) -> None:
+def test_the_server_s_status_is_the_service_token_s(world: TestData, base_url: str) -> None:
     world.device(token="mini")
     assert ask(base_url, "mini").status_code == ask(base_url, "wrong").status_code == 401
     assert requests.post(f"{base_url}/admin/send-queue/status", timeout=5).status_code == 405
@@ -718,7 +764,7 @@ def test_the_server_s_status_is_the_service_token_s(world: World, base_url: str)
 
 
 def test_limits_that_a_late_device_fills_are_logged_once(
-    world: World, mac_sync: dispatcher.SendQueueClient, caplog: pytest.LogCaptureFixture
+    world: TestData, mac_sync: dispatcher.SendQueueClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "outreach-dispatcher")
     alive(world)
@@ -731,7 +777,7 @@ def test_limits_that_a_late_device_fills_are_logged_once(
 
 
 def test_a_day_is_told_in_a_dozen_lines(
-    world: World, mac_sync: dispatcher.SendQueueClient, caplog: pytest.LogCaptureFixture
+    world: TestData, mac_sync: dispatcher.SendQueueClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "outreach-dispatcher")
     world.device()

