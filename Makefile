@@ -13,14 +13,17 @@ demo: .venv/embedded  ## send a batch of invented messages, from PostgreSQL to a
 run: .venv/embedded  ## server and dispatcher over the embedded PostgreSQL in ./pgdata, until Ctrl-C
 	@$(BIN)/python demo/demo.py --run
 
+# The same every day: the same examples, the same order of the tests and of every set.
 test: .venv/test  ## run the tests
-	$(BIN)/python -m pytest
+	PYTHONHASHSEED=0 $(BIN)/python -m pytest -n 3
 
+# Chance is here: another seed at each run, unless SEED= gives one.
+SEED ?= $(shell date +%s)
 faults: .venv/faults  ## kill each process at each step, fail over to a standby, and break everything at random, in some 5 minutes
-	$(BIN)/python -m pytest -m faults -p no:randomly
+	$(BIN)/python -m pytest -m 'faults or hypothesis' --hypothesis-seed=$(SEED) || \
+	    { echo 'replay: make faults SEED=$(SEED)'; exit 1; }
 
 SECONDS ?= 3600
-SEED ?= 1
 soak: .venv/faults  ## break everything at random for an hour; `make soak SEED=7 SECONDS=1` replays the run of seed 7
 	@PYTHONPATH=. $(BIN)/python tools/chaos.py --seconds $(SECONDS) --seed $(SEED)
 

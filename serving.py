@@ -62,7 +62,7 @@ Data = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 
-# --- waitress: four overrides, a loop, and the end --------------------------------------------------------------------
+# --- waitress: overrides, a loop, and the end -------------------------------------------------------------------------
 
 
 class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitress has no type hints
@@ -271,17 +271,18 @@ def _filter_waitress(record: logging.LogRecord) -> bool:
 
 
 def _frames(error: BaseException) -> str:
+    """Return where it was raised, a line each."""
     return "".join(traceback.format_tb(error.__traceback__))
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there. Raises OSError."""
+    """Return a socket that listens there. Raises OSError."""
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     return socket.create_server(address[:2], family=family)
 
 
 def systemd_sockets() -> list[socket.socket]:
-    """The listening sockets that systemd passes on, as sd_listen_fds(3) describes it; [] without any.
+    """Return the listening sockets that systemd passes on, as sd_listen_fds(3) describes it; [] without any.
 
     So several processes can serve one port, and a restart refuses no connection.
     """
@@ -299,7 +300,7 @@ def systemd_sockets() -> list[socket.socket]:
 
 
 def make_app(url_variable: str) -> bottle.Bottle:
-    """An application whose endpoints return data, and whose every response is JSON.
+    """Make an application whose endpoints return data, and whose every response is JSON.
 
     `url_variable`: the setting that the log names when the database is away.
     """
@@ -311,7 +312,7 @@ def make_app(url_variable: str) -> bottle.Bottle:
 
 
 def bearer_token() -> str:
-    """The request's bearer token, "" when there is none or it is malformed."""
+    """Return the request's bearer token, "" when there is none or it is malformed."""
     match = BEARER.fullmatch(request.environ.get("HTTP_AUTHORIZATION", ""))
     return match[1] if match else ""
 
@@ -323,6 +324,7 @@ def require_token(expected: str) -> None:
 
 
 def read_body() -> bytes:
+    """Return the request's body; a 413 if it is larger than BODY_LIMIT."""
     length = max(request.content_length, 0)
     if length > BODY_LIMIT:
         abort(413, f"the body is larger than {BODY_LIMIT} bytes")
@@ -330,7 +332,7 @@ def read_body() -> bytes:
 
 
 def decode_body(body: bytes | str, kind: type[T]) -> T:
-    """`body` as a `kind`; a 400 that names the field otherwise.
+    """Decode `body` as a `kind`; a 400 that names the field otherwise.
 
     The standard library parses, since it passes a lone surrogate on: the field that has one can be named.
     """
@@ -400,12 +402,12 @@ def _abort_statement(error: psycopg2.Error) -> NoReturn:
 
 
 def _where() -> str:
-    """The request as a log may show it: its path has an id, and may have anything."""
+    """Return the request as a log may show it: its own path may have anything in it."""
     return f"{request.method} {request.environ['bottle.route'].rule}"
 
 
 def _json_error(error: bottle.HTTPError) -> bytes:
-    """bottle's own errors: no such path, another method. Its headers are in `response` already."""
+    """Respond to bottle's own errors: no such path, another method. Its headers are in `response` already."""
     response.content_type = "application/json"
     if error.status_code == 405:
         # bottle lists the HEAD that _handle_errors() refuses.

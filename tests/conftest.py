@@ -1,16 +1,31 @@
-"""Real PostgreSQL for every test: a template of the migrated databases, cloned for each test that asks.
+"""Real PostgreSQL for every test. The server is the wheel's, or the one of TEST_DATABASE_URL.
 
-The server is the wheel's, or the one that TEST_DATABASE_URL names (a role that may create databases).
+The role that TEST_DATABASE_URL names must be allowed to create databases.
+
+How tests are isolated from each other:
+
+1. Two migrated databases are templates. Each has one clone, and the tests use the clones one after the other.
+2. Before a test gets a clone, `Clone.reset` ends all other sessions in it, empties its tables and puts back the rows
+   that `migrate` made. It does so before a test and not after it: the processes of the last test have ended by then.
+3. Then it compares the catalogue with that of a clone that no test has used. If they differ (the last test changed
+   the schema, or ran ANALYZE), or if anything failed, it drops the clone and makes a new one.
+
+So a test may change whatever it likes in its databases. A test marked `new_clone` gets clones that no test has used
+and nothing has emptied: their indexes have the statistics of a new installation.
 """
 
 import contextlib
+import importlib
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import hypothesis
 import pytest
-from testing import SERVICE_TOKEN, Databases, PrivatePostgres, Script, TestData, numbers, on_database
+from testing import SERVICE_TOKEN, Clone, Databases, PrivatePostgres, Script, TestData, on_database
 
 import db
 import dispatcher
@@ -18,17 +33,76 @@ import send_queue_server
 import serving
 
 
+@contextlib.contextmanager
+def running_postgres() -> Iterator[PrivatePostgres]:
+    """Start the wheel's PostgreSQL in a directory that is deleted afterwards.
+
+    The directory is outside pytest's. Whenever root starts pytest, it closes its directory to all other users. Among
+    them is the user as whom PostgreSQL runs when root starts it.
+    """
+    with tempfile.TemporaryDirectory(prefix="postgres-", ignore_cleanup_errors=True) as directory:
+        postgres = PrivatePostgres(Path(directory) / "data")
+        yield postgres
+        postgres.server.cleanup()
+
+
+@contextlib.contextmanager
+def fast_postgres() -> Iterator[str]:
+    """The URL of a PostgreSQL for all tests, which is fast rather than safe."""
+    with running_postgres() as postgres:
+        with contextlib.closing(db.connect(postgres.url)) as server:
+            # No test cuts the power: so the disk need not be waited for.
+            db.query(server, "ALTER SYSTEM SET fsync = off")
+            # Autovacuum would bring statistics at another moment each day.
+            db.query(server, "ALTER SYSTEM SET autovacuum = off")
+            db.query(server, "SELECT pg_reload_conf()")
+        yield postgres.url
+
+
+# Without a seed, hypothesis tries the same examples every day. A slow host is no reason to fail.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("chance", derandomize=False, deadline=None, print_blob=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose hypothesis' profile, and start one server for all workers of `pytest -n`: they inherit its URL."""
+    hypothesis.settings.load_profile("chance" if config.getoption("--hypothesis-seed") else "same")
+    if config.getoption("numprocesses", None) and not os.environ.get("TEST_DATABASE_URL"):
+        stack = contextlib.ExitStack()
+        config.add_cleanup(stack.close)
+        os.environ["TEST_DATABASE_URL"] = stack.enter_context(fast_postgres())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each worker of `pytest -n` the same tests, in the same order, every day.
+
+    Of three workers, the second gets the second, the fifth and the eighth test, and so on. Without this, a test would
+    follow whichever test happened to end first.
+    """
+    scheduler = importlib.import_module("xdist.scheduler")
+
+    class FixedShares(scheduler.LoadScopeScheduling):  # type: ignore[name-defined, misc]  # not imported without -n
+        def _split_scope(self, nodeid: str) -> str:
+            return str(self.collection.index(nodeid) % self.numnodes)
+
+    return FixedShares(config, log)
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """The number from which all chance of `make faults` follows."""
+    return int(request.config.getoption("--hypothesis-seed") or 1)
+
+
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> str:
+def postgres() -> Iterator[str]:
     """The URL of a PostgreSQL server that tests may fill with databases."""
     if url := os.environ.get("TEST_DATABASE_URL"):
-        return url
-    url = db.embedded(tmp_path_factory.mktemp("postgres"))
-    with contextlib.closing(db.connect(url)) as server:
-        # No test cuts the power: so the disk need not be waited for.
-        db.query(server, "ALTER SYSTEM SET fsync = off")
-        db.query(server, "SELECT pg_reload_conf()")
-    return url
+        yield url
+    else:
+        with fast_postgres() as url:
+            yield url
 
 
 @pytest.fixture(scope="session")
@@ -44,34 +118,36 @@ def templates(postgres: str) -> Iterator[dict[db.DatabaseName, str]]:
             db.query(server, f"DROP DATABASE {name} WITH (FORCE)")
 
 
+@pytest.fixture(scope="session")
+def clones(postgres: str, templates: dict[db.DatabaseName, str]) -> Iterator[dict[db.DatabaseName, Clone]]:
+    """The pair of databases that the tests use in turn."""
+    pair = {part: Clone(postgres, template) for part, template in templates.items()}
+    yield pair
+    for clone in pair.values():
+        clone.drop()
+
+
 @pytest.fixture
 def databases(
-    postgres: str, templates: dict[db.DatabaseName, str], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Databases]:
-    """Two fresh databases, named in the environment as a script would find them."""
-    names = {part: f"test_{part}_{os.getpid()}_{next(numbers)}" for part in db.URL_VARIABLES}
-    urls = {part: on_database(postgres, name) for part, name in names.items()}
-    with contextlib.closing(db.connect(postgres)) as server:
-        # A third of the time that the default takes; before 15 it is the only way.
-        strategy = "STRATEGY file_copy" if server.server_version >= 150_000 else ""
-        for part, name in names.items():
-            db.query(server, f"CREATE DATABASE {name} TEMPLATE {templates[part]} {strategy}")
-            monkeypatch.setenv(db.URL_VARIABLES[part], urls[part])
-        with (
-            contextlib.closing(db.connect(urls["quinn"])) as quinn,
-            contextlib.closing(db.connect(urls["icloud"])) as icloud,
-        ):
-            yield Databases(urls["quinn"], urls["icloud"], quinn, icloud)
-        for name in names.values():
-            db.query(server, f"DROP DATABASE {name} WITH (FORCE)")
+    clones: dict[db.DatabaseName, Clone], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Databases:
+    """Two databases as migrate leaves them, named in the environment as a script would find them."""
+    for part, clone in clones.items():
+        if request.node.get_closest_marker("new_clone"):
+            clone.drop()
+            clone.make()
+        else:
+            clone.reset()
+        monkeypatch.setenv(db.URL_VARIABLES[part], clone.url)
+    quinn, icloud = clones["quinn"], clones["icloud"]
+    return Databases(quinn.url, icloud.url, quinn.conn, icloud.conn)
 
 
 @pytest.fixture
-def private_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivatePostgres]:
+def private_postgres() -> Iterator[PrivatePostgres]:
     """A running PostgreSQL that no other test uses, with both parts in its one database."""
-    postgres = PrivatePostgres(tmp_path_factory.mktemp("private"))
-    yield postgres
-    postgres.server.cleanup()
+    with running_postgres() as postgres:
+        yield postgres
 
 
 @pytest.fixture

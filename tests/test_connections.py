@@ -17,7 +17,7 @@ from typing import Any
 import bottle
 import pytest
 import requests
-from testing import ROOT, SERVICE_TOKEN, Databases, Script, TestData, wait_until
+from testing import ROOT, SERVICE_TOKEN, Databases, Script, TestData, patient, wait_until
 
 import db
 import send_queue_server
@@ -85,11 +85,11 @@ def test_a_request_that_does_not_come_whole_in_time_is_closed_also_if_it_never_p
             while time.monotonic() - begin < 5:
                 trickling.sendall(b"G")
                 time.sleep(0.1)  # its pace
-        assert 0.9 < time.monotonic() - begin < 2
+        assert 0.9 < time.monotonic() - begin < 4
         assert ends(silent)
         assert ends(half)
         assert ends(idle)
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < 4
 
 
 def test_a_request_may_run_for_longer_than_a_client_may_take(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,8 +354,8 @@ def test_statements_that_wait_for_a_lock_hold_nobody_up_until_all_threads_are_he
     """
     queue_ids = [queue_id for (queue_id,) in world.icloud(sql, device_id=device_id)]
     world.device("idle")
-    patient = f"{world.databases.icloud_url} options='-c lock_timeout=60s -c statement_timeout=60s'"
-    script = start("send_queue_server.py", SEND_QUEUE_PORT="0", QUINN_ICLOUD_DB_URL=patient)
+    url = patient(world.databases.icloud_url)
+    script = start("send_queue_server.py", SEND_QUEUE_PORT="0", QUINN_ICLOUD_DB_URL=url)
     port = script.port()
 
     def report(queue_id: str) -> int:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -818,8 +819,10 @@ class Home:
 
 
 @pytest.fixture
-def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    return Home(tmp_path_factory.mktemp("home"))
+def home() -> Iterator[Home]:
+    """Outside pytest's directory: see running_postgres() in conftest.py."""
+    with tempfile.TemporaryDirectory(prefix="home-", ignore_cleanup_errors=True) as directory:
+        yield Home(Path(directory))
 
 
 def url_of(holder: "subprocess.Popen[str]") -> str:

@@ -393,11 +393,11 @@ def test_a_device_may_die_at_any_step(environments: list[TestEnvironment]) -> No
 
 
 def test_a_minute_of_random_faults_loses_nothing_and_sends_nothing_twice(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = chaos.chaos_run(seed=1, path=tmp_path)
+    report = chaos.chaos_run(seed, tmp_path)
     with capsys.disabled():
         sys.stdout.write("\n" + "\n".join(report.lines()) + "\n")
     assert not report.violations
     assert sum(report.faults.values()) >= 100  # on an idle machine some 250
-    assert report.messages >= 2000
+    assert report.messages >= 1500  # most seeds make some 2,300

@@ -137,7 +137,7 @@ def test_what_is_recorded_and_enqueued_is_logged_without_token_body_or_full_hand
 @pytest.mark.faults
 @pytest.mark.parametrize("authenticated", [True, False])
 def test_requests_made_from_the_contract_find_no_answer_that_it_does_not_name(
-    world: TestData, server: tuple[Script, str], tmp_path: Path, authenticated: bool
+    world: TestData, server: tuple[Script, str], tmp_path: Path, seed: int, authenticated: bool
 ) -> None:
     """schemathesis, with all of its checks. The known device is written into the contract, so that it can be named."""
     contract = yaml.safe_load((ROOT / "openapi.yaml").read_text())
@@ -148,7 +148,13 @@ def test_requests_made_from_the_contract_find_no_answer_that_it_does_not_name(
     settings = [f'[auth.openapi.{name}]\nbearer = "{token}"\n' for name, token in tokens.items()]
     (tmp_path / "schemathesis.toml").write_text("".join(settings))
     program = str(Path(sys.executable).with_name("schemathesis"))
-    options = ["--checks=all", "--phases=examples,coverage,fuzzing", "--max-examples=150", "--seed=1", "--no-color"]
+    options = [
+        "--checks=all",
+        "--phases=examples,coverage,fuzzing",
+        "--max-examples=150",
+        f"--seed={seed}",
+        "--no-color",
+    ]
     if not authenticated:
         options.append("--exclude-checks=positive_data_acceptance")  # each is a 401
     done = subprocess.run(

@@ -218,6 +218,8 @@ def test_8_no_statement_of_a_poll_a_tick_or_a_sync_reads_through_the_history(
     assert world.quinn("SELECT status FROM outreach_batch_items WHERE id = %(id)s", id=item_id) == [("failed",)]
     assert len({sql for sql, _ in statements}) > 15
     for sql, params in statements:
+        if sql.startswith("SET "):
+            continue
         look = world.databases.icloud if "icloud." in sql else world.databases.quinn
         [([plan],)] = db.query(look, "EXPLAIN (FORMAT JSON) " + sql, params)
         reads = [

@@ -609,9 +609,7 @@ def play(world: TestData, examples: int, steps: int) -> None:
     profile = settings(
         max_examples=examples,
         stateful_step_count=steps,
-        deadline=None,
         suppress_health_check=list(HealthCheck),
-        print_blob=True,
     )
     run_state_machine_as_test(lambda: Machine(world), settings=profile)  # type: ignore[arg-type]  # it takes a factory too
 

@@ -90,7 +90,7 @@ ORACLE = """
 """
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=st.sampled_from(ZONES).flatmap(instants), start=minutes, end=minutes)
 @example(("Europe/Berlin", datetime(2026, 3, 29, 0, 59, 59, tzinfo=UTC)), 120, 180)  # an hour that does not exist
 @example(("Europe/Berlin", datetime(2026, 10, 25, 0, 30, tzinfo=UTC)), 120, 150)  # one that comes twice
@@ -242,7 +242,7 @@ send_times = st.lists(st.integers(-120, 90_000) | st.integers(0, 70), max_size=1
 
 
 @given(limit_values, limit_values, limit_values, st.integers(0, 5), send_times)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_place_falls_free_at_the_first_instant_that_has_one(
     minute: int | None, hour: int | None, day: int | None, in_flight: int, sent_ago: list[int]
 ) -> None:
@@ -331,7 +331,7 @@ def take(world: TestData, mac_sync: CrashingMacSync, step: str | int) -> None:
                 dispatcher.dispatch(*databases, mac_sync)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     steps=st.lists(STEPS, min_size=10, max_size=30),
     limits=st.tuples(*[st.none() | st.integers(1, 4)] * 3).filter(any),

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import requests
-from testing import SERVICE_TOKEN, PrivatePostgres, Script, TestData, wait_until
+from testing import SERVICE_TOKEN, PrivatePostgres, Script, TestData, patient, wait_until
 
 import db
 import serving
@@ -865,9 +865,8 @@ def test_a_stop_waits_for_a_client_that_reads_slowly_and_for_none_that_does_not_
 
 def test_a_request_that_the_database_holds_does_not_hold_a_stop(world: TestData, start: Callable[..., Script]) -> None:
     world.device("mac-mini")
-    patient = f"{world.databases.icloud_url} options='-c lock_timeout=60s -c statement_timeout=60s'"
     code = "import serving, send_queue_server; serving.SHUTDOWN_TIMEOUT = 2; send_queue_server.main([])"
-    script = start("-c", code, SEND_QUEUE_PORT="0", QUINN_ICLOUD_DB_URL=patient)
+    script = start("-c", code, SEND_QUEUE_PORT="0", QUINN_ICLOUD_DB_URL=patient(world.databases.icloud_url))
     base_url = f"http://127.0.0.1:{script.port()}"
     with closing(db.connect(world.databases.icloud_url)) as holder:
         holder.autocommit = False
@@ -881,13 +880,16 @@ def test_a_request_that_the_database_holds_does_not_hold_a_stop(world: TestData,
 
 def test_a_server_whose_main_thread_fails_ends_so_that_it_is_started_again(start: Callable[..., Script]) -> None:
     broken = "import send_queue_server, waitress; del waitress.wasyncore.loop; send_queue_server.main([])"
-    script = start("-c", broken, SEND_QUEUE_PORT="0")
+    nowhere = "postgresql://nowhere"
+    script = start("-c", broken, SEND_QUEUE_PORT="0", QUINN_DB_URL=nowhere, QUINN_ICLOUD_DB_URL=nowhere)
     assert script.process.wait(15) == 1
     assert "AttributeError" in script.log.read_text()
 
 
-def test_sigterm_lets_the_request_in_hand_end(world: TestData, server: tuple[Script, str]) -> None:
-    script, base_url = server
+def test_sigterm_lets_the_request_in_hand_end(world: TestData, start: Callable[..., Script]) -> None:
+    url = patient(world.databases.icloud_url)
+    script = start("send_queue_server.py", SEND_QUEUE_PORT="0", QUINN_ICLOUD_DB_URL=url)
+    base_url = f"http://127.0.0.1:{script.port()}"
     mac_id = world.device("mac-mini")
     mac = Client(base_url, "mac-mini")
     queue_id = Client(base_url, SERVICE_TOKEN).enqueued(mac_id)

@@ -2,6 +2,7 @@
 
 import configparser
 import contextlib
+import os
 import shutil
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from typing import NoReturn
 import pytest
 import requests
 import waitress.adjustments
-from testing import ROOT, SERVICE_TOKEN, Databases, Script, TestData
+from testing import ROOT, SERVICE_TOKEN, Databases, Script, TestData, numbers
 
 import runtime
 import send_queue_server
@@ -74,7 +75,7 @@ class Systemd:
 
 @pytest.fixture
 def systemd(databases: Databases) -> Iterator[Systemd]:
-    receiver = Systemd(f"notify-{databases.quinn_url.rpartition('=')[2]}")
+    receiver = Systemd(f"notify-{os.getpid()}-{next(numbers)}")
     with receiver.socket:
         yield receiver
 

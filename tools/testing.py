@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import psycopg2
 import psycopg2.extensions
 
 import db
@@ -74,6 +75,93 @@ class PrivatePostgres:
     def start(self) -> None:
         """Start it; return when it accepts connections."""
         self.server.ensure_postgres_running()
+
+
+class Clone:
+    """A clone of a template, which one test after another uses."""
+
+    def __init__(self, server_url: str, template: str) -> None:
+        self.server_url = server_url
+        self.template = template
+        self.make()
+        self._empty()
+        self.unused_catalogue = self._catalogue()
+
+    def make(self) -> None:
+        """Create the clone under a new name, and connect to it."""
+        tables_with_rows = "SELECT oid::regclass::text FROM pg_class WHERE relkind = 'r' AND oid >= 16384"
+        self.name = f"{self.template.replace('template', 'test')}_{next(numbers)}"
+        self.url = on_database(self.server_url, self.name)
+        with contextlib.closing(db.connect(self.server_url)) as server:
+            # A third of the time that the default takes; before 15 it is the only way.
+            strategy = "STRATEGY file_copy" if server.server_version >= 150_000 else ""
+            db.query(server, f"CREATE DATABASE {self.name} TEMPLATE {self.template} {strategy}")
+        self.conn: Any = db.connect(self.url)
+        self.first_rows = {
+            table: db.query(self.conn, f"SELECT jsonb_agg(t)::text FROM {table} AS t")[0][0]
+            for (table,) in db.query(self.conn, f"{tables_with_rows} AND pg_relation_size(oid) > 0")
+        }
+
+    def drop(self) -> None:
+        self.conn.close()
+        with contextlib.closing(db.connect(self.server_url)) as server:
+            db.query(server, f"DROP DATABASE {self.name} WITH (FORCE)")
+
+    def reset(self) -> None:
+        """Undo what the last test did, or replace the clone where TRUNCATE cannot undo it."""
+        with contextlib.suppress(psycopg2.Error):
+            self._empty()
+            if self._catalogue() == self.unused_catalogue:
+                return
+        self.drop()
+        self.make()
+        self._empty()
+
+    def _empty(self) -> None:
+        """End all other sessions, release what this one holds, and leave only the rows that migrate made."""
+        others = """
+            SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+             WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> pg_backend_pid()
+        """
+        # TRUNCATE leaves other statistics of an index than CREATE INDEX. So that all tests find the same ones, each
+        # table of a clone is truncated once, and after that whenever a test has written to it.
+        written_tables = """
+            SELECT string_agg(oid::regclass::text, ', ')
+              FROM pg_class AS c
+             WHERE relkind = 'r' AND oid >= 16384
+               AND (pg_relation_size(oid) > 0 OR EXISTS (
+                        SELECT FROM pg_index JOIN pg_class AS i ON i.oid = indexrelid
+                         WHERE indrelid = c.oid AND i.relpages > 0))
+        """
+        db.query(self.conn, "DISCARD ALL")  # fails in a transaction
+        wait_until(lambda: not db.query(self.conn, others), pause=0.001)
+        [(tables,)] = db.query(self.conn, written_tables)
+        if tables:
+            db.query(self.conn, f"TRUNCATE {tables} RESTART IDENTITY CASCADE")
+        for table, rows in self.first_rows.items():
+            sql = f"INSERT INTO {table} SELECT * FROM jsonb_populate_recordset(NULL::{table}, %(rows)s)"
+            db.query(self.conn, sql, {"rows": rows})
+
+    def _catalogue(self) -> str:
+        """A digest of the schema and of all that the planner knows of the tables. PostgreSQL's own OIDs are lower."""
+        sql = """
+            SELECT md5(string_agg(line, '' ORDER BY line))
+              FROM (SELECT (to_jsonb(c) - '{relfilenode,relfrozenxid,relminmxid}'::text[])::text
+                      FROM pg_class AS c WHERE oid >= 16384
+                     UNION ALL SELECT a::text FROM pg_attribute AS a WHERE attrelid >= 16384
+                     UNION ALL SELECT d::text FROM pg_attrdef AS d
+                     UNION ALL SELECT c::text FROM pg_constraint AS c WHERE oid >= 16384
+                     UNION ALL SELECT t::text FROM pg_trigger AS t
+                     UNION ALL SELECT t::text FROM pg_type AS t WHERE oid >= 16384
+                     UNION ALL SELECT p::text FROM pg_proc AS p WHERE oid >= 16384
+                     UNION ALL SELECT n::text FROM pg_namespace AS n WHERE oid >= 16384
+                     UNION ALL SELECT setconfig::text FROM pg_db_role_setting
+                                WHERE setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())
+                     UNION ALL SELECT s.tablename FROM pg_stats AS s
+                                WHERE schemaname NOT IN ('pg_catalog', 'information_schema')
+                   ) AS catalogue (line)
+        """
+        return str(db.query(self.conn, sql)[0][0])
 
 
 class TestData:
@@ -181,10 +269,15 @@ class Script:
         return self.process.wait(15)
 
 
-def wait_until(look: Callable[[], T | None], seconds: float = 15) -> T:
+def wait_until(look: Callable[[], T | None], seconds: float = 15, pause: float = 0.02) -> T:
     """Call `look` until it returns something true, and return that. Fail after `seconds`."""
     end = time.monotonic() + seconds
     while not (found := look()):
         assert time.monotonic() < end, f"nothing within {seconds} s"
-        time.sleep(0.02)
+        time.sleep(pause)
     return found
+
+
+def patient(url: str) -> str:
+    """Return `url` for a server whose statements wait for a lock as long as a test holds it."""
+    return psycopg2.extensions.make_dsn(url, options="-c lock_timeout=60s -c statement_timeout=60s")
