@@ -330,7 +330,7 @@ On the way: crashes of the Mac between a send and its report: {logged["crashed"]
 reports or their responses lost: {logged["lost"]};
 messages that the Mac then got again, and did not send again: {logged["again"]}.
 
-Read on in README.md. Its commands with curl and psql are for `make run`.
+Read on in README.md. To try curl and psql, run `make run` and follow docs/api.md.
 """)
     return 0 if do_match and not twice and not lost else 1
 
