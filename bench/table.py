@@ -8,6 +8,7 @@ Used by the other files here. Example:
 import math
 import os
 import platform
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ import rich.markup
 import rich.table
 
 WIDTH = 160  # characters, where the output is no terminal
+# The part of docs/performance.md that the table replaces.
+MARKED = re.compile(r"(?<=<!-- bench -->\n).*?(?=<!-- /bench -->)", re.DOTALL)
 console = rich.console.Console(width=None if os.isatty(1) else WIDTH)
 # The columns, and each one's share of the width; the last two are as wide as what is in them.
 HEADINGS = {"what": 17, "beside": 8, "product": 11, "other": 11, "ratio": 7, "target": None, "": None}
@@ -129,10 +132,12 @@ def show(title: str, rows: Sequence[Row]) -> None:
 
 
 def write_markdown(path: Path, caption: str, rows: Sequence[Row]) -> None:
-    """Write all rows as a Markdown table with its caption below."""
+    """Write all rows as a Markdown table and its caption: between the `bench` comments of a page, else as the file."""
     lines = [HEADINGS, ["---"] * len(HEADINGS)]
     for row in rows:
         *cells, verdict = row.cells()
         lines.append([*cells, verdict if row.met else f"**{verdict}**"])
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    path.write_text(f"{table}\n{caption}\n")
+    text = f"{table}\n{caption}\n"
+    page = path.read_text() if path.exists() else ""
+    path.write_text(MARKED.sub(lambda _: text, page) if MARKED.search(page) else text)
