@@ -91,7 +91,7 @@ def _logs_to_the_journal() -> bool:
 
 
 def sd_notify(state: str) -> None:
-    """Send systemd `state` (sd_notify(3): READY=1, WATCHDOG=1, STOPPING=1). Do nothing if systemd did not start this."""
+    """Send systemd `state` (sd_notify(3): READY=1, WATCHDOG=1, STOPPING=1). Do nothing if systemd is not there."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
