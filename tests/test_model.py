@@ -144,6 +144,7 @@ class Model:
         self.gap: int | None = None
         self.chosen: str | None = None
         self.devices: list[str] = []
+        self.seen: set[str] = set()  # the devices that have polled; no day passes here
         self.handles: dict[str, str | None] = {}
         self.batches: list[Batch] = []
         self.rows: list[Row] = []
@@ -173,6 +174,12 @@ class Model:
                 self._adopt(item)
             if item.status == "pending" and not item.batch.is_sending:
                 item.claimed = 0
+        self._complete(self.batches)
+
+    def _complete(self, candidates: list[Batch]) -> None:
+        for batch in candidates:
+            if batch.is_sending and batch.items and not any(i.status in ("pending", "queued") for i in batch.items):
+                batch.status = "sent"
 
     def _is_unwanted(self, row: Row, item: Item) -> bool:
         over = not item.batch.is_sending or item.status not in ("pending", "queued")
@@ -215,14 +222,14 @@ class Model:
                 self._adopt(item)
         if self.closed:
             return
-        if not self._claimed():
+        claimed = self._claimed()
+        if not claimed:
             self._claim()
         for item in self._claimed():
             if not self._deliver(item, weather):
                 return  # an outage stops the tick
-        for batch in self.batches:
-            if batch.is_sending and batch.items and not any(i.status in ("pending", "queued") for i in batch.items):
-                batch.status = "sent"
+        # While an earlier tick's claims go first, no other batch is looked at.
+        self._complete([item.batch for item in claimed] or self.batches)
 
     def _claimed(self) -> list[Item]:
         found = [item for item in self.items if item.status == "pending" and item.claimed and item.batch.is_sending]
@@ -292,12 +299,14 @@ class Model:
     def _device_of(self, item: Item) -> str | None:
         reached = [other for other in self.items if other.client == item.client and other.status == "sent"]
         last = max(reached, key=lambda other: other.sent, default=None)
-        wishes = (last and last.device, self.chosen, *self.devices[:1])
-        return next((device for device in wishes if device in self.devices), None)
+        choices = [device for device in self.devices if device in self.seen] or self.devices
+        wishes = (last and last.device, self.chosen, *choices[:1])
+        return next((device for device in wishes if device in choices), None)
 
     # devices
 
     def poll(self, device: str) -> list[Row]:
+        self.seen.add(device)
         found = [
             row for row in self.rows
             if row.device == device and row.status == "queued" and (row.collected or not row.expired)
