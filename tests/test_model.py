@@ -340,7 +340,8 @@ class Machine(RuleBasedStateMachine):
         self.world = world
         self.model = Model()
         self.tokens: dict[str, str] = {}
-        self.wire = Wire(send_queue_server.make_app(db.RetryingConnection(world.databases.icloud_url), SERVICE_TOKEN))
+        self.database = db.RetryingConnection(world.databases.icloud_url)
+        self.wire = Wire(send_queue_server.make_app(self.database, SERVICE_TOKEN))
         self.http = requests.Session()
         self.http.mount(BASE_URL, self.wire)
         self.mac_sync = dispatcher.SendQueueClient(BASE_URL, SERVICE_TOKEN)
@@ -603,6 +604,8 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.http.close()
         self.mac_sync.session.close()
+        if self.database.conn:  # hundreds of machines would take all connections
+            self.database.conn.close()
 
 
 @pytest.fixture(autouse=True)
