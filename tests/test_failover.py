@@ -1,4 +1,4 @@
-"""Several hosts: two servers, two dispatchers, and a primary PostgreSQL whose synchronous standby takes over."""
+"""Check several hosts: two servers, two dispatchers, and a primary PostgreSQL whose synchronous standby takes over."""
 
 import contextlib
 import sys
@@ -86,7 +86,7 @@ def start_processes(start: Start, data: TestData, path: Path) -> tuple[list[Scri
 
 
 class Failover(NamedTuple):
-    """When the primary was killed and when the standby was promoted, in seconds since 1970; messages sent before."""
+    """The times of the kill and of the promotion, in seconds since 1970, and the messages sent before."""
 
     killed_at: float
     promoted_at: float
@@ -123,7 +123,7 @@ def first_send_after(logs: list[Path], at: float) -> float:
     return min(times)
 
 
-def test_failover_under_load_loses_nothing_and_sends_nothing_twice(
+def test_failover_under_load_loses_and_repeats_nothing(
     postgres_pair: ReplicatedPostgres, data: TestData, start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     insert_batches(data)
@@ -153,7 +153,7 @@ def test_failover_under_load_loses_nothing_and_sends_nothing_twice(
 # --- a primary that became read-only -------------------------------------------------------------------
 
 
-def test_a_connection_leaves_a_primary_that_became_read_only(postgres_pair: ReplicatedPostgres, data: TestData) -> None:
+def test_connection_leaves_read_only_primary(postgres_pair: ReplicatedPostgres, data: TestData) -> None:
     def rename_device() -> list[db.Row]:
         sql = "UPDATE icloud.devices SET name = 'other' RETURNING inet_server_port()"
         return database.query(sql)

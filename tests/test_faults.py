@@ -278,7 +278,7 @@ def dispatcher_dies(environment: TestEnvironment, injector: FaultInjector) -> li
     return problems + environment.violations(devices)
 
 
-def test_a_dispatcher_may_die_at_any_step(environments: list[TestEnvironment]) -> None:
+def test_dispatcher_may_die_at_any_step(environments: list[TestEnvironment]) -> None:
     every_fault(environments, dispatcher_dies)
 
 
@@ -345,7 +345,7 @@ def server_dies(environment: TestEnvironment, injector: FaultInjector) -> list[s
     return problems + environment.violations([mini])
 
 
-def test_the_server_may_die_at_any_step(environments: list[TestEnvironment]) -> None:
+def test_server_may_die_at_any_step(environments: list[TestEnvironment]) -> None:
     every_fault(environments, server_dies)
 
 
@@ -385,16 +385,14 @@ def device_dies(environment: TestEnvironment, injector: FaultInjector) -> list[s
     return problems + environment.violations([SimulatedMac(environment.server_url, "mini", log)])
 
 
-def test_a_device_may_die_at_any_step(environments: list[TestEnvironment]) -> None:
+def test_device_may_die_at_any_step(environments: list[TestEnvironment]) -> None:
     every_fault(environments, device_dies)
 
 
 # --- everything at once -------------------------------------------------------------------------------
 
 
-def test_a_minute_of_random_faults_loses_nothing_and_sends_nothing_twice(
-    tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_random_faults_lose_and_repeat_nothing(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     report = chaos.chaos_run(seed, tmp_path)
     with capsys.disabled():
         sys.stdout.write("\n" + "\n".join(report.lines()) + "\n")

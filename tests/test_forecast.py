@@ -1,11 +1,14 @@
-"""The forecast, held against what the real jobs then do; and that of a draft."""
+"""Compare the forecast with what the real jobs then do, and check the forecast of a draft."""
 
+import json
 import random
 import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from helpers import run_script
+from situations import paused, running_system
 from testing import TestData
 
 import dispatcher
@@ -13,7 +16,7 @@ import forecast
 import pacing
 import report
 
-# Moving all that was written into the past is moving the clock on.
+# Moving all stored times into the past has the effect of moving the clock on.
 SHIFTS = {
     "quinn": (
         "UPDATE outreach_batch_items SET sent_at = sent_at - {0}, updated_at = updated_at - {0},"
@@ -27,19 +30,12 @@ SHIFTS = {
         "UPDATE icloud.devices SET last_seen_at = last_seen_at - {0}",
     ),
 }
-ANSWER = timedelta(seconds=10)  # after the tick; longer than a tick takes here, and shorter than any interval
+DEVICE_LATENCY = timedelta(seconds=10)  # after the tick; longer than a tick takes here, and shorter than any interval
 MOST_TICKS = 150
 
 
-@pytest.fixture(autouse=True)
-def fresh_process() -> None:
-    """What a new process would find: no quiet hours read and nothing told yet."""
-    pacing.quiet_hours.cache_clear()
-    dispatcher.decision_log.last = ""
-
-
 class Days:
-    """A world whose clock the test moves, and whose device answers each message shortly after its tick."""
+    """Move the clock of the databases, and let the device send each message shortly after its tick."""
 
     def __init__(self, world: TestData, mac_sync: dispatcher.SendQueueClient, interval: timedelta) -> None:
         self.world, self.mac_sync, self.interval = world, mac_sync, interval
@@ -61,15 +57,15 @@ class Days:
         dispatcher.run_job("sync", dispatcher.sync)
         dispatcher.run_job("dispatch", lambda quinn, icloud: dispatcher.dispatch(quinn, icloud, self.mac_sync))
 
-    def answer(self) -> None:
-        """Let the device send what waits for it, and the time until the next tick pass."""
-        self.pass_time(ANSWER)
+    def send(self) -> None:
+        """Let the device send its messages, then let the time until the next tick pass."""
+        self.pass_time(DEVICE_LATENCY)
         self.world.icloud("UPDATE icloud.send_queue SET collected_at = now() WHERE status = 'queued'")
         self.world.icloud("UPDATE icloud.send_queue SET status = 'sent', sent_at = now() WHERE status = 'queued'")
-        self.pass_time(self.interval - ANSWER)
+        self.pass_time(self.interval - DEVICE_LATENCY)
 
     def ends(self) -> dict[str, datetime]:
-        """When the last item of each batch ended."""
+        """Return when the last item of each batch ended."""
         sql = "SELECT batch_id, max(COALESCE(sent_at, updated_at)) FROM outreach_batch_items GROUP BY batch_id"
         return dict(self.world.quinn(sql))
 
@@ -78,7 +74,7 @@ class Days:
 
 
 def scene(days: Days, rng: random.Random) -> None:
-    """Settings, batches and a history, drawn from `rng` so that the day is over within MOST_TICKS."""
+    """Insert settings, batches and a history, drawn from `rng` so that all is sent within MOST_TICKS."""
     world, tick = days.world, days.interval.total_seconds()
     world.device()
     limit = {30: "max_per_minute", 60: "max_per_minute", 300: "max_per_hour", 900: "max_per_hour"}.get(
@@ -104,7 +100,7 @@ def scene(days: Days, rng: random.Random) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_forecast_is_within_one_interval_of_what_the_jobs_then_do(
+def test_forecast_is_within_one_interval_of_jobs(
     world: TestData, mac_sync: dispatcher.SendQueueClient, seed: int
 ) -> None:
     rng = random.Random(seed)  # noqa: S311  # a scenario, no secret
@@ -112,18 +108,18 @@ def test_the_forecast_is_within_one_interval_of_what_the_jobs_then_do(
     scene(days, rng)
     for _ in range(rng.randint(0, 3)):
         days.tick()
-        days.answer()
+        days.send()
     if is_between_ticks := rng.random() < 0.5:
         days.tick()  # so that the forecast finds messages in flight
     began, moved = time.monotonic(), days.moved
     seen = report.report(days.interval)
     if is_between_ticks:
-        days.answer()
+        days.send()
     for _ in range(MOST_TICKS):
         if days.is_over():
             break
         days.tick()
-        days.answer()
+        days.send()
     assert days.is_over(), seen
     ends, moved = days.ends(), days.moved - moved
     # The clock went on by itself, too, while this ran.
@@ -136,7 +132,7 @@ def test_the_forecast_is_within_one_interval_of_what_the_jobs_then_do(
 
 
 def simulations(batches: int, items: int, now: datetime) -> dict[str, forecast.BatchSimulation]:
-    """So many batches with so many sendable items each."""
+    """Insert so many batches with so many sendable items each."""
     return {
         str(number): forecast.BatchSimulation(
             pacing.Batch(str(number), True, False, None), (now, now, str(number)), forecast.SENT * items
@@ -155,7 +151,7 @@ def simulations(batches: int, items: int, now: datetime) -> dict[str, forecast.B
         ({"min_gap_seconds": 300, "quiet_hours_start": "20:00", "quiet_hours_end": "08:00"}, 2_000 * 330 / 86_400),
     ],
 )
-def test_a_million_items_are_foreseen_about_right_and_at_once(limits: dict[str, Any], days: float) -> None:
+def test_million_item_forecast_is_fast_and_close(limits: dict[str, Any], days: float) -> None:
     now = datetime(2026, 4, 22, 12, 0, 7, tzinfo=UTC)
     settings = pacing.Settings(False, None, None, "UTC", None, None, None, None, None)._replace(**limits)
     estimated = simulations(1_000, 1_000, now)
@@ -167,7 +163,7 @@ def test_a_million_items_are_foreseen_about_right_and_at_once(limits: dict[str, 
         assert (simulation.last - now) / timedelta(days=1) == pytest.approx(days, rel=0.1)
 
 
-def test_a_gate_that_no_time_opens_leaves_the_finish_open(world: TestData) -> None:
+def test_endless_hold_leaves_finish_unknown(world: TestData) -> None:
     world.device()
     world.settings(max_per_day=0, last_tick_at=datetime.now(UTC))
     world.batch(clients=1)
@@ -188,3 +184,47 @@ def test_claimed_items_go_first_and_alone(world: TestData, mac_sync: dispatcher.
     assert second - first == days.interval
     days.tick()
     assert sorted(world.statuses()) == ["pending", "queued"]
+
+
+def test_draft_forecast_counts_sends_skips_and_failures(world: TestData) -> None:
+    running_system(world)
+    handles = ["+14155550123", None, "a@example.com", "call me", None, "+14155550124"]
+    draft = world.batch(clients=[world.client(handle) for handle in handles], status="draft")
+    world.settings(max_per_minute=1)
+    done = run_script("status.py", "--json", "--forecast", draft)
+    assert done.returncode == 0
+    seen = json.loads(done.stdout)
+    assert (seen["pending"], seen["wouldSend"]) == (6, 3)
+    assert seen["wouldSkip"] == {"no primary handle": 2}
+    assert seen["wouldFail"] == {"invalid handle, or an empty message": 1}
+    assert seen["bottleneck"] == "max_per_minute"
+    assert seen["isExact"] is True
+    first, last = (datetime.fromisoformat(seen[name]) for name in ("firstAt", "lastAt"))
+    # One goes; the next place is free three ticks later; the one that fails takes a tick of its own.
+    assert (last - first) in (timedelta(seconds=90 + 90), timedelta(seconds=90 + 30 + 90))
+    heading = run_script("status.py", "--forecast", draft).stdout.splitlines()[0]
+    assert heading.endswith("6 items pending. If it were sent from now on:")
+
+
+def test_draft_forecast_includes_sending_batches(world: TestData) -> None:
+    running_system(world)
+    world.settings(max_per_hour=2)
+    world.batch(clients=2)
+    draft = world.batch(clients=2, status="draft")
+    seen = json.loads(run_script("status.py", "--json", "--forecast", draft).stdout)
+    first, last = (datetime.fromisoformat(seen[name]) for name in ("firstAt", "lastAt"))
+    assert last - first == timedelta(minutes=60, seconds=30)
+
+
+def test_forecast_while_paused_names_its_assumption(world: TestData) -> None:
+    running_system(world)
+    paused(world)
+    seen = json.loads(run_script("status.py", "--json", "--forecast", world.batch(clients=1, status="draft")).stdout)
+    assert seen["lastAt"]
+    assert seen["notes"] == ["sending is paused: this assumes that it goes on now"]
+
+
+def test_forecast_of_unknown_batch_is_an_error(world: TestData) -> None:
+    done = run_script("status.py", "--forecast", "00000000-0000-0000-0000-000000000000")
+    assert done.returncode == 1
+    assert done.stderr == "status.py: there is no batch 00000000-0000-0000-0000-000000000000\n"

@@ -1,7 +1,10 @@
-"""What a handle is, how it is written for Messages, one key for each, and what a log shows of it."""
+"""Check handles: their form for Messages, their key, their mask in logs, and what the dispatcher sends."""
 
 import pytest
+from helpers import logged_problems, tick
+from testing import TestData
 
+import dispatcher
 import handles
 import runtime
 
@@ -32,7 +35,7 @@ def no_region(monkeypatch: pytest.MonkeyPatch) -> None:
         ("1-800-FLOWERS", "US", None),
     ],
 )
-def test_a_number_is_sent_in_e164(
+def test_number_is_sent_in_e164(
     monkeypatch: pytest.MonkeyPatch, handle: str, region: str | None, written: str | None
 ) -> None:
     if region:
@@ -49,16 +52,16 @@ def test_a_number_is_sent_in_e164(
         ("Jane@Example.com", "jane@example.COM"),
     ],
 )
-def test_each_way_to_write_a_handle_has_one_key(monkeypatch: pytest.MonkeyPatch, ways: tuple[str, ...]) -> None:
+def test_all_spellings_of_handle_share_key(monkeypatch: pytest.MonkeyPatch, ways: tuple[str, ...]) -> None:
     monkeypatch.setenv("DEFAULT_REGION", "US")
     assert len({handles.key(way) for way in ways}) == 1
 
 
-def test_an_unreadable_number_has_its_digits_as_key() -> None:
+def test_key_of_unreadable_number_is_its_digits() -> None:
     assert handles.key("0170 123-4567") == handles.key("(0170) 1234567") == "01701234567"
 
 
-def test_an_unknown_region_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_region_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEFAULT_REGION", "UK")
     with pytest.raises(runtime.ConfigError, match="DEFAULT_REGION is 'UK': set it to a country's two letters"):
         handles.default_region()
@@ -72,5 +75,23 @@ def test_an_unknown_region_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ("5550100123", "•••23"), ("(415) 555-0123", "•••23"), ("911", "•••11"), ("", "•••"),
     ],
 )  # fmt: skip
-def test_a_log_shows_part_of_a_handle(handle: str, shown: str) -> None:
+def test_log_masks_handle(handle: str, shown: str) -> None:
     assert handles.mask_handle(handle) == shown
+
+
+def test_dispatch_sends_e164_or_unreadable_number_unchanged(
+    world: TestData,
+    mac_sync: dispatcher.SendQueueClient,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("DEFAULT_REGION", "US")
+    world.device()
+    for handle in ("(415) 555-0123", "a@example.com", "555 0123"):
+        world.batch(clients=[world.client(handle)])
+    tick(world, mac_sync)
+    written = world.icloud("SELECT to_handle FROM icloud.send_queue ORDER BY to_handle")
+    assert written == [("+14155550123",), ("555 0123",), ("a@example.com",)]
+    [record] = logged_problems(caplog)
+    assert "number cannot be read, it is passed on as it is" in record.message
+    assert "set DEFAULT_REGION" in record.message

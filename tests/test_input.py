@@ -1,4 +1,4 @@
-"""Whatever is sent to the server gets an answer that the contract names, in JSON, and none of it is logged."""
+"""Check that each request gets a documented response in JSON, and that no log line shows its content."""
 
 import json
 import random
@@ -21,13 +21,13 @@ SECRETS = (SECRET_BODY, SECRET_HANDLE, DEVICE_TOKEN, SERVICE_TOKEN)
 
 @pytest.fixture
 def talkative(databases: object, start: Callable[..., Script]) -> tuple[Script, int]:
-    """The server's real process with all that it can log, and its port."""
+    """The server's process at log level DEBUG, and its port."""
     script = start("send_queue_server.py", SEND_QUEUE_PORT="0", LOG_LEVEL="DEBUG")
     return script, script.port()
 
 
 def malformed(seed: int) -> Iterator[bytes]:
-    """Some hundreds of requests with something wrong in each, as bytes on the socket."""
+    """Yield some hundred malformed requests, as bytes for the socket."""
     rng = random.Random(seed)  # noqa: S311  # test input, no secrets
     paths = ["/client/imessage/send-queue/pending", "/client/imessage/send-queue/%s/result" % ("a" * 36)]
     paths += ["/admin/send-queue/enqueue", "/healthz", "/", "/%00", "/%ff", "/" + "x" * 5000, "//", "/../etc/passwd"]
@@ -74,29 +74,27 @@ def malformed(seed: int) -> Iterator[bytes]:
     )
 
 
-def answer_to(request: bytes, port: int) -> bytes:
-    """All that the server says to `request` before it closes the connection."""
+def response_to(request: bytes, port: int) -> bytes:
+    """Return all that the server sends after `request`, until it closes the connection."""
     with closing(socket.create_connection(("127.0.0.1", port), timeout=10)) as connection:
         connection.sendall(request)
-        answer = b""
+        response = b""
         while True:
             try:
                 more = connection.recv(65536)
             except ConnectionResetError:
-                return answer
+                return response
             if not more:
-                return answer
-            answer += more
+                return response
+            response += more
 
 
-def test_malformed_requests_get_a_4xx_in_json_and_leave_no_trace_of_their_content(
-    world: TestData, talkative: tuple[Script, int]
-) -> None:
+def test_malformed_requests_get_4xx_and_are_not_logged(world: TestData, talkative: tuple[Script, int]) -> None:
     script, port = talkative
     world.device(token=DEVICE_TOKEN)
     statuses = set()
     for request in malformed(seed=1):
-        head, _, body = answer_to(request, port).partition(b"\r\n\r\n")
+        head, _, body = response_to(request, port).partition(b"\r\n\r\n")
         status = int(head.split()[1])
         statuses.add(status)
         assert status < 500, request[:200]
@@ -110,9 +108,7 @@ def test_malformed_requests_get_a_4xx_in_json_and_leave_no_trace_of_their_conten
     assert script.end() == 0
 
 
-def test_what_is_recorded_and_enqueued_is_logged_without_token_body_or_full_handle(
-    world: TestData, talkative: tuple[Script, int]
-) -> None:
+def test_success_logs_hide_token_body_and_handle(world: TestData, talkative: tuple[Script, int]) -> None:
     script, port = talkative
     device_id = world.device(token=DEVICE_TOKEN)
     item_id = "550e8400-e29b-41d4-a716-446655440000"
@@ -121,7 +117,7 @@ def test_what_is_recorded_and_enqueued_is_logged_without_token_body_or_full_hand
     def post(path: str, token: str, content: object) -> None:
         body = json.dumps(content)
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {token}\r\n"
-        assert b" 200 OK" in answer_to(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode(), port)
+        assert b" 200 OK" in response_to(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode(), port)
 
     post("/admin/send-queue/enqueue", SERVICE_TOKEN, message)
     [(queue_id,)] = world.icloud("SELECT id FROM icloud.send_queue")
@@ -136,10 +132,10 @@ def test_what_is_recorded_and_enqueued_is_logged_without_token_body_or_full_hand
 
 @pytest.mark.faults
 @pytest.mark.parametrize("authenticated", [True, False])
-def test_requests_made_from_the_contract_find_no_answer_that_it_does_not_name(
+def test_generated_requests_get_only_documented_responses(
     world: TestData, server: tuple[Script, str], tmp_path: Path, seed: int, authenticated: bool
 ) -> None:
-    """schemathesis, with all of its checks. The known device is written into the contract, so that it can be named."""
+    """Run all checks of schemathesis. A copy of the contract names the device, so that requests can name it."""
     contract = yaml.safe_load((ROOT / "openapi.yaml").read_text())
     device_id = contract["components"]["schemas"]["Enqueue"]["properties"]["deviceId"]
     device_id["enum"] = [world.device(token=DEVICE_TOKEN)]

@@ -1,39 +1,36 @@
-"""What must always hold, a test each. The files named after the scripts have the many cases around each of these."""
+"""Check each rule that always holds, in one test each. The other files have the details."""
 
 import contextlib
 import logging
 import threading
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import requests
-import schedule
-from test_dispatcher import HANDLE, WAITING, poll, quiet_now, report, row_statuses, run_dispatch, spied, sync, tick
-from test_pacing import Crash, CrashingMacSync
+from helpers import (
+    HANDLE,
+    LOCK_WAITS,
+    Crash,
+    CrashingClient,
+    plan_nodes,
+    poll,
+    record_statements,
+    report_all,
+    row_statuses,
+    run_dispatch,
+    start_quiet_hours,
+    sync,
+    tick,
+)
 from testing import SERVICE_TOKEN, Script, TestData, wait_until
 
 import db
 import dispatcher
 
 
-@pytest.fixture(autouse=True)
-def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a new process would find: nothing told, stopped or scheduled yet. And no pause between retries."""
-    monkeypatch.setattr(dispatcher, "RETRY_PAUSE", 0)
-    monkeypatch.setattr(dispatcher, "decision_log", dispatcher.DecisionLog())
-    dispatcher.stop.clear()
-    schedule.clear()
-    yield
-    dispatcher.stop.clear()
-    schedule.clear()
-
-
-def test_1_one_message_is_one_row_though_dispatcher_and_server_are_killed_after_the_commit(
-    world: TestData, server: tuple[Script, str], base_url: str
-) -> None:
+def test_1_kills_after_commit_leave_one_row(world: TestData, server: tuple[Script, str], base_url: str) -> None:
     device_id, item_id = world.device("mini"), world.item(world.batch())
     # The server dies while its INSERT waits for a rival's of the same item. When that is rolled back, PostgreSQL
     # commits the server's all the same, for nobody.
@@ -45,30 +42,30 @@ def test_1_one_message_is_one_row_though_dispatcher_and_server_are_killed_after_
         rival.autocommit = False
         db.query(rival, insert, {"device_id": device_id, "item_id": item_id})
         asked = threads.submit(tick, world, dispatcher.SendQueueClient(server[1], SERVICE_TOKEN))
-        wait_until(lambda: world.icloud(WAITING), 2)
+        wait_until(lambda: world.icloud(LOCK_WAITS), 2)
         server[0].process.kill()
         with pytest.raises(dispatcher.ServerUnavailable):
             asked.result(10)
         rival.rollback()
     wait_until(lambda: world.icloud("SELECT 1 FROM icloud.send_queue"))
-    # The next tick finds that row, and asks nobody.
+    # The next tick finds that row, and sends no request.
     tick(world, dispatcher.SendQueueClient("http://127.0.0.1:1", SERVICE_TOKEN))
     assert world.statuses() == ["queued"]
-    # The dispatcher dies between the answer of that server's successor and its own record of it.
+    # The dispatcher dies between the response of the next server and the record of it.
     world.batch(clients=1)
-    victim = CrashingMacSync(base_url, SERVICE_TOKEN)
+    victim = CrashingClient(base_url, SERVICE_TOKEN)
     victim.crash = True
     with pytest.raises(Crash):
         tick(world, victim)
-    assert report(base_url, "mini") == 2
-    # Its successor finds the message sent by now.
+    assert report_all(base_url, "mini") == 2
+    # The next dispatcher finds the message sent by then.
     tick(world, dispatcher.SendQueueClient(base_url, SERVICE_TOKEN))
     sync(world)
     assert row_statuses(world) == [("sent", False)] * 2
     assert world.statuses() == ["sent"] * 2
 
 
-def test_2_every_item_ends_with_a_reason_or_is_visibly_waiting(
+def test_2_each_item_ends_with_reason_or_waits(
     world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient
 ) -> None:
     world.device("mini")
@@ -85,7 +82,7 @@ def test_2_every_item_ends_with_a_reason_or_is_visibly_waiting(
         run_dispatch(dispatcher.SendQueueClient("http://127.0.0.1:1", SERVICE_TOKEN))
         sync(world)
         tick(world, mac_sync)
-        report(base_url, "mini", "failed" if turn == 0 else "sent")
+        report_all(base_url, "mini", "failed" if turn == 0 else "sent")
         sync(world)
     assert world.statuses(batch_id) == ["failed", "skipped", "failed", "sent", "sent"]
     assert world.statuses(stopped) == ["pending"]
@@ -93,7 +90,7 @@ def test_2_every_item_ends_with_a_reason_or_is_visibly_waiting(
     assert world.quinn(ended) == [(True,)] * 3
 
 
-def test_3_sent_plus_in_flight_stays_within_the_limit_while_the_device_is_off_all_day(
+def test_3_limit_holds_while_device_is_off(
     world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient
 ) -> None:
     world.device("mini")
@@ -106,7 +103,7 @@ def test_3_sent_plus_in_flight_stays_within_the_limit_while_the_device_is_off_al
             "UPDATE outreach_batch_items SET queued_at = queued_at - interval '5 hours' WHERE status = 'queued'"
         )
         sync(world)
-    assert report(base_url, "mini") == 2  # all that the device finds when it wakes
+    assert report_all(base_url, "mini") == 2  # all that the device finds when it is on again
     sync(world)
     tick(world, mac_sync)
     assert poll(base_url, "mini") == []  # the minute's two are sent
@@ -115,17 +112,17 @@ def test_3_sent_plus_in_flight_stays_within_the_limit_while_the_device_is_off_al
     assert len(poll(base_url, "mini")) == 1  # the hour has a place for one
 
 
-def test_4_nothing_is_handed_out_for_the_first_time_in_quiet_hours_or_while_paused(
+def test_4_quiet_hours_and_pause_stop_collection(
     world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient
 ) -> None:
     world.device("mini")
     batch_id = world.batch(clients=1)
     world.settings(quiet_hours_start="03:00", quiet_hours_end="03:01", quiet_hours_tz="UTC")
     tick(world, mac_sync)
-    # Night falls, and the dispatcher is dead.
+    # Quiet hours start, and no dispatcher runs.
     world.icloud("UPDATE icloud.send_queue SET valid_until = now() WHERE valid_until IS NOT NULL")
     assert poll(base_url, "mini") == []
-    quiet_now(world)
+    start_quiet_hours(world)
     sync(world)
     assert not +tick(world, mac_sync)
     world.settings(quiet_hours_start=None, quiet_hours_end=None)
@@ -136,22 +133,20 @@ def test_4_nothing_is_handed_out_for_the_first_time_in_quiet_hours_or_while_paus
     assert world.statuses(batch_id) == ["pending"]
 
 
-def test_5_a_recorded_result_never_changes(
-    world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient
-) -> None:
+def test_5_recorded_result_never_changes(world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient) -> None:
     world.device("mini")
     world.batch(clients=1)
     tick(world, mac_sync)
     [message] = poll(base_url, "mini")
     recorded = []
     for status, code in (("sent", 200), ("sent", 200), ("failed", 409)):
-        answer = requests.post(
+        response = requests.post(
             f"{base_url}/client/imessage/send-queue/{message['id']}/result",
             json={"status": status, "error": "late"},
             headers={"Authorization": "Bearer mini"},
             timeout=5,
         )
-        assert answer.status_code == code
+        assert response.status_code == code
         recorded.append(world.icloud("SELECT * FROM icloud.send_queue"))
         world.settings(paused=True)
         sync(world)
@@ -159,7 +154,7 @@ def test_5_a_recorded_result_never_changes(
     assert world.statuses() == ["sent"]
 
 
-def test_6_a_device_sees_and_changes_only_its_own_rows(
+def test_6_device_sees_and_changes_only_its_rows(
     world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient
 ) -> None:
     world.device("mini")
@@ -168,7 +163,7 @@ def test_6_a_device_sees_and_changes_only_its_own_rows(
     tick(world, mac_sync)
     before = world.icloud("SELECT * FROM icloud.send_queue")
     assert poll(base_url, "stranger") == []
-    answers = [
+    responses = [
         requests.post(
             f"{base_url}/client/imessage/send-queue/{row_id}/result",
             json={"status": "sent"},
@@ -177,14 +172,12 @@ def test_6_a_device_sees_and_changes_only_its_own_rows(
         )
         for row_id in (before[0][0], uuid.uuid4())
     ]
-    assert [answer.status_code for answer in answers] == [404, 404]
-    assert answers[0].content == answers[1].content
+    assert [response.status_code for response in responses] == [404, 404]
+    assert responses[0].content == responses[1].content
     assert world.icloud("SELECT * FROM icloud.send_queue") == before
 
 
-def test_7_a_job_that_raises_stops_neither_the_other_job_nor_its_own_next_run(
-    world: TestData, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_7_failing_job_stops_no_job(world: TestData, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISPATCH_INTERVAL_SECONDS", "1")
     world.item(world.batch(), status="failed")
     world.icloud("ALTER TABLE icloud.send_queue RENAME valid_until TO away")  # which breaks the sync job
@@ -199,7 +192,7 @@ def test_7_a_job_that_raises_stops_neither_the_other_job_nor_its_own_next_run(
         daemon.join()
 
 
-def test_8_no_statement_of_a_poll_a_tick_or_a_sync_reads_through_the_history(
+def test_8_no_statement_scans_the_history(
     world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     history(world)
@@ -207,12 +200,12 @@ def test_8_no_statement_of_a_poll_a_tick_or_a_sync_reads_through_the_history(
     for _ in range(3):
         world.batch(clients=2)
     item_id = world.item(world.batch(), status="queued")
-    statements = spied(monkeypatch)
+    statements = record_statements(monkeypatch)
     with contextlib.suppress(dispatcher.ServerUnavailable):
         tick(world, dispatcher.SendQueueClient("http://127.0.0.1:1", SERVICE_TOKEN))  # leaves claims behind
     sync(world)
     tick(world, mac_sync)
-    report(base_url, "mini")
+    report_all(base_url, "mini")
     sync(world)
     monkeypatch.undo()
     assert world.quinn("SELECT status FROM outreach_batch_items WHERE id = %(id)s", id=item_id) == [("failed",)]
@@ -223,29 +216,24 @@ def test_8_no_statement_of_a_poll_a_tick_or_a_sync_reads_through_the_history(
         look = world.databases.icloud if "icloud." in sql else world.databases.quinn
         [([plan],)] = db.query(look, "EXPLAIN (FORMAT JSON) " + sql, params)
         reads = [
-            node for node in nodes(plan["Plan"]) if node.get("Relation Name") in ("send_queue", "outreach_batch_items")
+            node
+            for node in plan_nodes(plan["Plan"])
+            if node.get("Relation Name") in ("send_queue", "outreach_batch_items")
         ]
         assert not [node for node in reads if node["Node Type"] == "Seq Scan"], sql
         whole = [
-            node["Index Name"] for node in nodes(plan["Plan"]) if "Index Name" in node and "Index Cond" not in node
+            node["Index Name"] for node in plan_nodes(plan["Plan"]) if "Index Name" in node and "Index Cond" not in node
         ]
         assert not [name for name in whole if name not in ALIVE], (sql, whole)
 
 
-# Indexes that hold nothing but what is in flight: these may be read whole.
+# Indexes that hold only rows in flight: a plan may read all of them.
 ALIVE = {"send_queue_uncollected", "send_queue_waiting", "outreach_batch_items_queued", "outreach_batch_items_claimed",
          "outreach_batches_sending"}  # fmt: skip
 
 
-def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A plan's node and all below it."""
-    yield plan
-    for part in plan.get("Plans", []):
-        yield from nodes(part)
-
-
 def history(world: TestData) -> None:
-    """Twenty thousand messages sent in two hundred batches over as many days, and five thousand of a paused one."""
+    """Insert 20,000 messages sent in 200 batches over 200 days, and 5,000 of a paused batch."""
     device_id = world.device("mini")
     rows = """
         INSERT INTO icloud.send_queue
@@ -277,7 +265,7 @@ def history(world: TestData) -> None:
     world.quinn("ANALYZE")
 
 
-def test_9_no_log_line_has_a_token_a_body_or_a_full_handle(
+def test_9_logs_hide_token_body_and_handle(
     world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -289,7 +277,7 @@ def test_9_no_log_line_has_a_token_a_body_or_a_full_handle(
         tick(world, refused)
     for status in ("sent", "failed"):
         tick(world, mac_sync)
-        report(base_url, "mini-token", status, error=" ".join(secrets))
+        report_all(base_url, "mini-token", status, error=" ".join(secrets))
         sync(world)
     for body in (f"Hello! {HANDLE}", f'{{"toHandle": "{HANDLE}", "body": "Hello!"'):
         headers = {"Authorization": f"Bearer {SERVICE_TOKEN}"}
@@ -300,7 +288,7 @@ def test_9_no_log_line_has_a_token_a_body_or_a_full_handle(
     assert not [secret for secret in secrets if secret in caplog.text]
 
 
-def test_10_bad_input_is_answered_with_a_4xx_and_a_sentence_and_writes_nothing(world: TestData, base_url: str) -> None:
+def test_10_bad_input_gets_4xx_and_writes_nothing(world: TestData, base_url: str) -> None:
     device_id = world.device("mini")
     good: dict[str, Any] = {
         "batchItemId": str(uuid.uuid4()), "deviceId": device_id, "toHandle": "+14155550123", "body": "Hello!",
@@ -320,8 +308,8 @@ def test_10_bad_input_is_answered_with_a_4xx_and_a_sentence_and_writes_nothing(w
     with requests.Session() as session:
         for body in bodies:
             content = {"data": body} if isinstance(body, bytes) else {"json": body}
-            answer = session.post(f"{base_url}/admin/send-queue/enqueue", headers=headers, timeout=5, **content)
-            assert 400 <= answer.status_code < 500, body
-            assert answer.json()["success"] is False
-            assert len(answer.json()["error"]) > 10
+            response = session.post(f"{base_url}/admin/send-queue/enqueue", headers=headers, timeout=5, **content)
+            assert 400 <= response.status_code < 500, body
+            assert response.json()["success"] is False
+            assert len(response.json()["error"]) > 10
     assert row_statuses(world) == []

@@ -1,4 +1,4 @@
-"""That a test finds nothing of the test before it in its databases: what conftest.py promises."""
+"""Check that a test finds nothing of the previous test in its databases, as conftest.py promises."""
 
 import contextlib
 from typing import Any
@@ -43,7 +43,7 @@ def clone(clones: dict[db.DatabaseName, Clone]) -> Clone:
 
 
 def seen(clone: Clone) -> list[Any]:
-    """What a test could notice."""
+    """Return all that a test can notice."""
     advisory_locks = """
         SELECT 1 FROM pg_locks JOIN pg_database AS d ON d.oid = database
          WHERE locktype = 'advisory' AND datname = current_database()
@@ -60,7 +60,7 @@ def seen(clone: Clone) -> list[Any]:
 
 
 @pytest.mark.parametrize("harm", HARM)
-def test_a_test_finds_nothing_of_the_one_before_it(clone: Clone, harm: str) -> None:
+def test_reset_removes_what_the_last_test_left(clone: Clone, harm: str) -> None:
     before = seen(clone)
     with contextlib.suppress(psycopg2.errors.RaiseException):
         db.query(clone.conn, HARM[harm])
@@ -68,7 +68,7 @@ def test_a_test_finds_nothing_of_the_one_before_it(clone: Clone, harm: str) -> N
     assert seen(clone) == before
 
 
-def test_a_session_that_a_test_leaves_open_is_ended(clone: Clone) -> None:
+def test_reset_ends_open_sessions(clone: Clone) -> None:
     before = seen(clone)
     with contextlib.closing(db.connect(clone.url)) as left_open:
         for harm in ("an advisory lock", "a transaction"):
@@ -81,7 +81,7 @@ def test_a_session_that_a_test_leaves_open_is_ended(clone: Clone) -> None:
             db.query(left_open, "SELECT 1")
 
 
-def test_a_clone_is_used_again_unless_its_catalogue_was_changed(clone: Clone) -> None:
+def test_clone_is_reused_unless_catalogue_changed(clone: Clone) -> None:
     first = clone.url
     db.query(clone.conn, HARM["rows"])
     clone.reset()
@@ -92,6 +92,6 @@ def test_a_clone_is_used_again_unless_its_catalogue_was_changed(clone: Clone) ->
 
 
 @pytest.mark.new_clone
-def test_a_new_clone_has_the_statistics_of_a_new_installation(databases: Any) -> None:
+def test_new_clone_has_statistics_of_new_installation(databases: Any) -> None:
     sql = "SELECT DISTINCT relpages, reltuples FROM pg_class WHERE relkind = 'i' AND relname LIKE 'outreach%'"
     assert db.query(databases.quinn, sql) == [(1, 0)]

@@ -1,6 +1,6 @@
 """The real jobs, handlers and SQL beside a small model in memory: whatever is done, in whatever order, the two agree.
 
-hypothesis invents the story: batches, settings, polls, results, outages, lost answers, edits, deletions. The model is
+hypothesis invents the story: batches, settings, polls, results, outages, lost responses, edits, deletions. The model is
 the rules once more, in plain Python, with minutes for a clock; after each step databases and model must be the same.
 """
 
@@ -27,7 +27,6 @@ from testing import SERVICE_TOKEN, TestData
 
 import db
 import dispatcher
-import pacing
 import send_queue_server
 
 MINUTE, DAY = 1, 24 * 60  # the model's clock counts minutes
@@ -38,21 +37,21 @@ LIMITS = st.sampled_from([None, None, None, 3, 2, 1, 0])
 
 
 class Wire(requests.adapters.BaseAdapter):
-    """Carries requests straight into the WSGI application; `weather` says what becomes of the next enqueue."""
+    """Pass requests to the WSGI application without a socket; `outcome` decides the fate of the next enqueue."""
 
     def __init__(self, app: Any) -> None:
         super().__init__()
         self.app = app
-        self.weather = "fair"
+        self.outcome = "ok"
 
     def send(self, request: requests.PreparedRequest, *_: Any, **__: Any) -> requests.Response:
-        weather = self.weather if "enqueue" in str(request.url) else "fair"
-        if weather == "down":
+        outcome = self.outcome if "enqueue" in str(request.url) else "ok"
+        if outcome == "down":
             raise requests.ConnectionError
-        answer = self._ask(request)
-        if weather == "lost":
+        response = self._ask(request)
+        if outcome == "lost":
             raise requests.ReadTimeout
-        return answer
+        return response
 
     def close(self) -> None:
         pass
@@ -60,12 +59,12 @@ class Wire(requests.adapters.BaseAdapter):
     def _ask(self, request: requests.PreparedRequest) -> requests.Response:
         body = request.body or b""
         body = body.encode() if isinstance(body, str) else body
-        answer = requests.Response()
-        answer.request = request
+        response = requests.Response()
+        response.request = request
 
         def start(status: str, headers: list[tuple[str, str]], _problem: Any = None) -> None:
-            answer.status_code = int(status[:3])
-            answer.headers.update(headers)
+            response.status_code = int(status[:3])
+            response.headers.update(headers)
 
         environ = {
             "REQUEST_METHOD": request.method, "PATH_INFO": request.path_url, "QUERY_STRING": "",
@@ -74,8 +73,8 @@ class Wire(requests.adapters.BaseAdapter):
             "HTTP_AUTHORIZATION": request.headers.get("Authorization", ""),
             "wsgi.input": io.BytesIO(body), "wsgi.errors": io.StringIO(), "wsgi.url_scheme": "http",
         }  # fmt: skip
-        answer.raw = io.BytesIO(b"".join(self.app(environ, start)))
-        return answer
+        response.raw = io.BytesIO(b"".join(self.app(environ, start)))
+        return response
 
 
 # --- the model ----------------------------------------------------------------------------------------
@@ -195,7 +194,7 @@ class Model:
             self._end(item, row.status, row)
 
     def _adopt(self, item: Item) -> None:
-        """The enqueue of a claimed item had no answer: its newest row says what became of it."""
+        """The enqueue of a claimed item had no response: its newest row says what became of it."""
         rows = [row for row in item.attempts if row in self.rows and not row.withdrawn and self._is_of_claim(row, item)]
         if not rows:
             return
@@ -216,7 +215,7 @@ class Model:
 
     # dispatch
 
-    def dispatch(self, weather: str) -> None:
+    def dispatch(self, outcome: str) -> None:
         for item in self.items:
             if item.status == "pending" and item.claimed:
                 self._adopt(item)
@@ -226,7 +225,7 @@ class Model:
         if not claimed:
             self._claim()
         for item in self._claimed():
-            if not self._deliver(item, weather):
+            if not self._deliver(item, outcome):
                 return  # an outage stops the tick
         # While an earlier tick's claims go first, no other batch is looked at.
         self._complete([item.batch for item in claimed] or self.batches)
@@ -274,17 +273,17 @@ class Model:
             if item.status == "pending":
                 item.status = "skipped"
 
-    def _deliver(self, item: Item, weather: str) -> bool:
+    def _deliver(self, item: Item, outcome: str) -> bool:
         handle, device = self.handles[item.client], self._device_of(item)
         if handle is None:
             self._end(item, "skipped")
         elif device is None:
             self._end(item, "failed")
-        elif weather == "down":
+        elif outcome == "down":
             return False
         else:
             row = item.live_row or self.put(item, device, (handle, "Hello!"))
-            if weather == "lost":
+            if outcome == "lost":
                 return False
             item.status, item.claimed, item.row, item.device = "queued", 0, row, device
         return True
@@ -486,25 +485,25 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def cycle(self) -> None:
         self.sync()
-        self.dispatch("fair")
+        self.dispatch("ok")
 
-    @rule(weather=st.sampled_from(["lost", "lost", "down"]))
-    def cycle_in_bad_weather(self, weather: str) -> None:
+    @rule(outcome=st.sampled_from(["lost", "lost", "down"]))
+    def cycle_with_outage(self, outcome: str) -> None:
         self.sync()
-        self.dispatch(weather)
+        self.dispatch(outcome)
 
     @rule()
     def dispatch_after_a_sync_that_failed(self) -> None:
-        self.dispatch("fair")
+        self.dispatch("ok")
 
-    def dispatch(self, weather: str) -> None:
-        self.model.dispatch(weather)
-        self.wire.weather = weather
+    def dispatch(self, outcome: str) -> None:
+        self.model.dispatch(outcome)
+        self.wire.outcome = outcome
         try:
             dispatcher.dispatch(self.world.databases.quinn, self.world.databases.icloud, self.mac_sync)
         except dispatcher.ServerUnavailable:
-            assert weather != "fair"
-        self.wire.weather = "fair"
+            assert outcome != "ok"
+        self.wire.outcome = "ok"
         self.learn_ids()
 
     def learn_ids(self) -> None:
@@ -522,10 +521,10 @@ class Machine(RuleBasedStateMachine):
     @rule(which=PICK)
     def poll(self, which: int) -> None:
         device = self.model.devices[which % len(self.model.devices)]
-        answer = self.ask("GET", "client/imessage/send-queue/pending", self.tokens[device])
-        assert answer.status_code == 200
+        response = self.ask("GET", "client/imessage/send-queue/pending", self.tokens[device])
+        assert response.status_code == 200
         expected = [(row.id, *row.content) for row in self.model.poll(device)]
-        items = [(item["id"], item["toHandle"], item["body"]) for item in answer.json()["data"]["items"]]
+        items = [(item["id"], item["toHandle"], item["body"]) for item in response.json()["data"]["items"]]
         assert sorted(items) == sorted(expected)
 
     @precondition(lambda self: self.model.rows and self.model.devices)
@@ -543,8 +542,8 @@ class Machine(RuleBasedStateMachine):
 
     def report(self, row: Row, device: str, status: str) -> None:
         path = f"client/imessage/send-queue/{row.id}/result"
-        answer = self.ask("POST", path, self.tokens[device], {"status": status})
-        assert answer.status_code == self.expected_of(row, device, status)
+        response = self.ask("POST", path, self.tokens[device], {"status": status})
+        assert response.status_code == self.expected_of(row, device, status)
         if row.status == "queued" and row.device == device:
             row.status = status
             row.sent_at = self.model.minute if status == "sent" else 0
@@ -566,9 +565,9 @@ class Machine(RuleBasedStateMachine):
             "batchItemId": row.item.id if row and row.item else f"00000000-0000-0000-0000-{self.model.next():012}",
             "deviceId": device, "toHandle": handle, "body": "Something else" if other else body,
         }  # fmt: skip
-        answer = self.ask("POST", "admin/send-queue/enqueue", SERVICE_TOKEN, message)
-        assert answer.status_code == (409 if row and other else 200)
-        queue_id = answer.json()["data"]["sendQueueId"]
+        response = self.ask("POST", "admin/send-queue/enqueue", SERVICE_TOKEN, message)
+        assert response.status_code == (409 if row and other else 200)
+        queue_id = response.json()["data"]["sendQueueId"]
         if row:
             assert queue_id == row.id
         else:
@@ -608,15 +607,6 @@ class Machine(RuleBasedStateMachine):
             self.database.conn.close()
 
 
-@pytest.fixture(autouse=True)
-def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a new process would find. And no pause between retries."""
-    monkeypatch.setattr(dispatcher, "decision_log", dispatcher.DecisionLog())
-    monkeypatch.setattr(dispatcher, "RETRY_PAUSE", 0)
-    dispatcher.stop.clear()
-    pacing.quiet_hours.cache_clear()
-
-
 def play(world: TestData, examples: int, steps: int) -> None:
     profile = settings(
         max_examples=examples,
@@ -626,10 +616,10 @@ def play(world: TestData, examples: int, steps: int) -> None:
     run_state_machine_as_test(lambda: Machine(world), settings=profile)  # type: ignore[arg-type]  # it takes a factory too
 
 
-def test_jobs_and_handlers_do_what_the_model_does(world: TestData) -> None:
+def test_jobs_and_handlers_match_model(world: TestData) -> None:
     play(world, examples=25, steps=25)
 
 
 @pytest.mark.faults
-def test_jobs_and_handlers_do_what_the_model_does_for_long(world: TestData) -> None:
+def test_jobs_and_handlers_match_model_for_long(world: TestData) -> None:
     play(world, examples=200, steps=50)

@@ -1,4 +1,4 @@
-"""openapi.yaml against the running server: every status that it promises is provoked, and has the promised form."""
+"""Check openapi.yaml against the running server: each documented status occurs, and has the documented form."""
 
 import re
 import uuid
@@ -32,7 +32,7 @@ PROMISES = [
 
 
 class Api:
-    """The server with one device, one message in its queue and one that was sent."""
+    """Call a server that has one device, one queued message and one sent message."""
 
     def __init__(self, base_url: str, world: TestData) -> None:
         self.base_url, self.world = base_url, world
@@ -98,7 +98,7 @@ ASKED: dict[str, Callable[[Api], requests.Response]] = {
 
 
 def schema_of(definition: dict[str, Any]) -> dict[str, Any]:
-    """A JSON Schema of an OpenAPI 3.0 one: its references resolved, its `nullable` a type."""
+    """Return the JSON Schema of an OpenAPI 3.0 schema: its references resolved, its `nullable` a type."""
     if "$ref" in definition:
         target: Any = CONTRACT
         for name in definition["$ref"].removeprefix("#/").split("/"):
@@ -108,18 +108,18 @@ def schema_of(definition: dict[str, Any]) -> dict[str, Any]:
     return {**schema, "type": [schema["type"], "null"]} if schema.get("nullable") is True else schema
 
 
-def check(answer: requests.Response, path: str, method: str, status: int) -> None:
-    """The answer has the status, the headers, the type and the form that the contract promises."""
-    assert answer.status_code == status, answer.text
+def check(response: requests.Response, path: str, method: str, status: int) -> None:
+    """Fail unless the response has the documented status, headers, type and form."""
+    assert response.status_code == status, response.text
     promised = schema_of(CONTRACT["paths"][path][method]["responses"][str(status)])
     for name, header in promised.get("headers", {}).items():
-        jsonschema.validate(answer.headers.get(name), header["schema"])
+        jsonschema.validate(response.headers.get(name), header["schema"])
     [(media_type, content)] = promised["content"].items()
-    assert answer.headers["Content-Type"] == media_type
-    jsonschema.validate(answer.json(), content["schema"], format_checker=jsonschema.FormatChecker())
+    assert response.headers["Content-Type"] == media_type
+    jsonschema.validate(response.json(), content["schema"], format_checker=jsonschema.FormatChecker())
 
 
-def test_the_contract_names_every_route(databases: object) -> None:
+def test_contract_names_every_route(databases: object) -> None:
     app = send_queue_server.make_app(db.RetryingConnection(""), SERVICE_TOKEN)
     routes = {
         (route.rule.replace("<queue_id>", "{id}"), route.method) for route in app.routes if route.method != "HEAD"
@@ -127,14 +127,14 @@ def test_the_contract_names_every_route(databases: object) -> None:
     assert routes == {(path, method.upper()) for path, method, _ in PROMISES}
 
 
-def test_every_promised_answer_is_given(world: TestData, base_url: str) -> None:
+def test_each_documented_response_occurs(world: TestData, base_url: str) -> None:
     for path, method, status in PROMISES:
         if status not in (500, 503):
             world.icloud("TRUNCATE icloud.devices CASCADE")
             check(PROVOKED[path, status](Api(base_url, world)), path, method, status)
 
 
-def test_a_failing_statement_and_a_database_that_is_away_are_answered_as_promised(
+def test_database_errors_get_documented_responses(
     world: TestData, base_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api = Api(base_url, world)
@@ -161,7 +161,7 @@ ECMA_SPACE = r"\t-\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 ONLY_ECMAS_SPACE = 0xFEFF
 
 
-def test_the_contract_and_the_server_take_the_same_handles() -> None:
+def test_contract_and_server_accept_same_handles() -> None:
     pattern = CONTRACT["components"]["schemas"]["Enqueue"]["properties"]["toHandle"]["pattern"]
     # ECMA's $ is the very end, where Python's also stands before a last newline.
     promised = re.compile(pattern.replace(r"\s", ECMA_SPACE).removesuffix("$") + r"\Z")
@@ -174,7 +174,7 @@ def test_the_contract_and_the_server_take_the_same_handles() -> None:
         assert bool(promised.search(handle)) is fits, handle.encode("unicode_escape")
 
 
-def test_the_examples_of_the_contract_are_of_its_form() -> None:
+def test_contract_examples_match_their_schemas() -> None:
     for name in ("Enqueue", "Result", "Message"):
         for definition in CONTRACT["components"]["schemas"][name]["properties"].values():
             if "example" in definition:

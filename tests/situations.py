@@ -1,0 +1,274 @@
+"""Put the databases into each situation that the report distinguishes; SITUATIONS lists them all."""
+
+from collections.abc import Callable
+
+from helpers import ago, start_quiet_hours
+from testing import TestData
+
+Situation = Callable[[TestData], object]
+
+
+NOWHERE = "postgresql://somebody:secret-word@127.0.0.1:1/nowhere"
+
+
+def running_system(world: TestData) -> None:
+    """Set the last tick to 18 s ago, and insert a device that polled 3 s ago."""
+    world.settings(last_tick_at=ago(seconds=18), last_synced_at=ago(seconds=18), last_dispatched_at=ago(seconds=18))
+    world.device()
+    world.icloud("UPDATE icloud.devices SET last_seen_at = now() - interval '3 seconds'")
+
+
+def uncollected_items(world: TestData, count: int = 1, batch_id: str | None = None, seen: float | None = 3) -> str:
+    """Insert items in flight that the device, last seen so many seconds ago, has not collected; return their batch."""
+    batch_id = batch_id or world.batch()
+    device_id = world.icloud("SELECT id FROM icloud.devices LIMIT 1")[0][0]
+    for _ in range(count):
+        sql = "INSERT INTO icloud.send_queue (device_id, to_handle, body) VALUES (%(id)s, 'a@b.de', 'Hi') RETURNING id"
+        row = world.icloud(sql, id=device_id)
+        world.item(batch_id, status="queued", send_queue_id=row[0][0], queued_at=ago(seconds=20))
+    world.icloud("UPDATE icloud.devices SET last_seen_at = %(at)s", at=ago(seconds=seen) if seen is not None else None)
+    return batch_id
+
+
+def sent_items(world: TestData, count: int, **length: float) -> None:
+    """Insert items that were sent so long ago."""
+    old = world.batch(status="sent")
+    for _ in range(count):
+        world.item(old, status="sent", sent_at=ago(**length))
+
+
+def idle(world: TestData) -> None: ...
+
+
+def sending(world: TestData) -> None:
+    world.batch(clients=2)
+
+
+def paused(world: TestData) -> None:
+    sending(world)
+    world.settings(paused=True)
+
+
+def no_settings(world: TestData) -> None:
+    sending(world)
+    world.quinn("DELETE FROM outreach_settings")
+
+
+def in_quiet_hours(world: TestData) -> None:
+    sending(world)
+    start_quiet_hours(world)
+
+
+def invalid_quiet_hours(world: TestData) -> None:
+    sending(world)
+    world.settings(quiet_hours_start="25:00", quiet_hours_end="08:00")
+
+
+def stopped(world: TestData) -> None:
+    sending(world)
+    world.settings(last_tick_at=ago(minutes=11))
+
+
+def never_ran(world: TestData) -> None:
+    sending(world)
+    world.settings(last_tick_at=None)
+
+
+def hour_is_full(world: TestData) -> None:
+    sending(world)
+    sent_items(world, 3, minutes=20)
+    world.settings(max_per_hour=3)
+
+
+def minute_and_hour_are_full(world: TestData) -> None:
+    sending(world)
+    sent_items(world, 3, seconds=10)
+    world.settings(max_per_minute=1, max_per_hour=3)
+
+
+def day_is_full(world: TestData) -> None:
+    sending(world)
+    sent_items(world, 2, hours=5)
+    world.settings(max_per_hour=1, max_per_day=2)
+
+
+def zero(world: TestData) -> None:
+    sending(world)
+    world.settings(max_per_day=0)
+
+
+def zero_and_in_flight(world: TestData) -> None:
+    uncollected_items(world)
+    sending(world)
+    world.settings(max_per_minute=1, max_per_day=0)
+
+
+def device_is_off(world: TestData) -> None:
+    sending(world)
+    uncollected_items(world, 2, seen=3 * 3600 + 60)
+    world.settings(max_per_minute=2)
+
+
+def device_is_slow(world: TestData) -> None:
+    sending(world)
+    uncollected_items(world, 2)
+    world.settings(max_per_minute=2)
+
+
+def device_never_seen(world: TestData) -> None:
+    uncollected_items(world, seen=None)
+
+
+def last_in_flight(world: TestData) -> None:
+    uncollected_items(world)
+
+
+def results_to_read(world: TestData) -> None:
+    uncollected_items(world)
+    world.icloud("UPDATE icloud.send_queue SET status = 'sent', sent_at = now()")
+
+
+def gap(world: TestData) -> None:
+    world.item(world.batch(clients=1), status="sent", sent_at=ago(seconds=40))
+    world.settings(min_gap_seconds=300)
+
+
+def gap_of_one(world: TestData) -> None:
+    gap(world)
+    world.batch(clients=1)
+
+
+def gap_in_flight(world: TestData) -> None:
+    uncollected_items(world, batch_id=world.batch(clients=1), seen=7200)
+    world.settings(min_gap_seconds=30)
+
+
+def gap_and_limit(world: TestData) -> None:
+    gap(world)
+    world.settings(max_per_hour=1)
+
+
+def paused_in_quiet_hours(world: TestData) -> None:
+    in_quiet_hours(world)
+    world.settings(paused=True)
+
+
+def quiet_and_full(world: TestData) -> None:
+    hour_is_full(world)
+    start_quiet_hours(world)
+
+
+def paused_and_off(world: TestData) -> None:
+    device_is_off(world)
+    world.settings(paused=True)
+
+
+def stopped_and_paused(world: TestData) -> None:
+    paused(world)
+    world.settings(last_tick_at=ago(hours=2))
+
+
+def no_device(world: TestData) -> None:
+    sending(world)
+    world.icloud("DELETE FROM icloud.devices")
+
+
+def no_device_in_quiet_hours(world: TestData) -> None:
+    no_device(world)
+    start_quiet_hours(world)
+
+
+def only_drafts(world: TestData) -> None:
+    world.batch(clients=2, status="draft")
+    world.batch(clients=2, status="paused")
+    world.batch(clients=1, dry_run=True)
+
+
+def no_items_yet(world: TestData) -> None:
+    world.batch()
+
+
+def claimed(world: TestData) -> None:
+    world.item(world.batch(), claimed_at=ago(seconds=2))
+    world.settings(max_per_minute=1)
+
+
+def server_is_down(world: TestData) -> None:
+    world.item(world.batch(), claimed_at=ago(minutes=4))
+    world.settings(max_per_minute=1)
+
+
+def server_is_down_at_night(world: TestData) -> None:
+    server_is_down(world)
+    start_quiet_hours(world)
+
+
+def sync_fails(world: TestData) -> None:
+    uncollected_items(world)
+    world.settings(last_tick_at=ago(seconds=5), last_synced_at=ago(hours=2, seconds=5))
+
+
+def dispatch_fails_while_paused(world: TestData) -> None:
+    paused(world)
+    world.settings(last_tick_at=ago(seconds=5), last_dispatched_at=ago(minutes=20))
+
+
+def sync_never_worked(world: TestData) -> None:
+    world.settings(last_synced_at=None)
+
+
+def one_batch_below_the_limit(world: TestData) -> None:
+    world.batch(clients=3)
+    world.settings(max_per_minute=60)
+
+
+def unreadable_number(world: TestData) -> None:
+    world.batch(clients=[world.client("0170 1234567"), world.client()])
+
+
+def all_have_ended(world: TestData) -> None:
+    world.item(world.batch(status="sent"), status="failed", failure_reason="not registered")
+
+
+# The situation, the first line of status.py, and its exit status.
+SITUATIONS: list[tuple[Situation, str, int]] = [
+    (idle, r"Nothing to send\.", 0),
+    (all_have_ended, r"Nothing to send\.", 0),
+    (only_drafts, r"Nothing to send\.", 0),
+    (no_items_yet, r"Nothing to send\.", 0),
+    (sending, r"Sending: next item of batch [0-9a-f]{8}… in about 1[12] s\.", 0),
+    (gap_of_one, r"Sending: next item of batch .*", 0),
+    (claimed, r"Sending: next item of batch .*", 0),
+    (invalid_quiet_hours, r"Sending: next item of batch .*", 1),
+    (paused, r"Held: paused\.", 1),
+    (paused_in_quiet_hours, r"Held: paused\.", 1),
+    (paused_and_off, r"Held: paused\.", 1),
+    (no_settings, r"Held: no settings: outreach_settings has no row with id 1; run `python db.py migrate`\.", 1),
+    (in_quiet_hours, r"Held: quiet hours until (\w+ )?\d\d:\d\d \(UTC\), (59 min|1 h)\.", 0),
+    (quiet_and_full, r"Held: quiet hours until .*", 0),
+    (server_is_down_at_night, r"Held: quiet hours until .*", 0),
+    (no_device_in_quiet_hours, r"Held: quiet hours until .*", 1),
+    (hour_is_full, r"Held: max_per_hour reached, 3 of 3; next place at (\w+ )?\d\d:\d\d\.", 0),
+    (minute_and_hour_are_full, r"Held: max_per_hour reached, 3 of 3; next place at .*", 0),
+    (day_is_full, r"Held: max_per_day reached, 2 of 2; next place at .*", 0),
+    (gap_and_limit, r"Held: max_per_hour reached, 1 of 1; next place at .*", 0),
+    (zero, r"Held: max_per_day is 0\.", 1),
+    (zero_and_in_flight, r"Held: max_per_day is 0\.", 1),
+    (gap, r"Held: minimum gap of 300 s; next message at \d\d:\d\d:\d\d\.", 0),
+    (gap_in_flight, r"Held: waiting for device 'mac-mini', last seen 2 h ago; 1 message in flight\.", 1),
+    (device_is_off, r"Held: waiting for device 'mac-mini', last seen 3 h 1 min ago; 2 messages in flight\.", 1),
+    (device_is_slow, r"Held: waiting for device 'mac-mini', last seen 3 s ago; 2 messages in flight\.", 0),
+    (device_never_seen, r"Held: waiting for device 'mac-mini', never seen; 1 message in flight\.", 1),
+    (last_in_flight, r"Held: waiting for device 'mac-mini', last seen 3 s ago; 1 message in flight\.", 0),
+    (results_to_read, r"Held: waiting for the next tick to read the results; 1 message in flight\.", 0),
+    (no_device, r"Failing: there is no device: `python db.py add-device NAME` makes one\.", 1),
+    (server_is_down, r"Held: the send queue server has been unavailable for 4 min\.", 1),
+    (sync_fails, r"Failing: the dispatcher runs, and its sync job has failed for 2 h\.", 1),
+    (sync_never_worked, r"Failing: the dispatcher runs, and its sync job has failed since its first run\.", 1),
+    (dispatch_fails_while_paused, r"Failing: the dispatcher runs, and its dispatch job has failed for 20 min\.", 1),
+    (one_batch_below_the_limit, r"Sending: next item of batch .*", 0),
+    (unreadable_number, r"Sending: next item of batch .*", 1),
+    (stopped, r"Dispatcher not running: last tick 11 min ago\.", 1),
+    (never_ran, r"Dispatcher not running: it has not run yet\.", 1),
+    (stopped_and_paused, r"Dispatcher not running: last tick 2 h ago\.", 1),
+]
