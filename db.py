@@ -1,8 +1,9 @@
 """PostgreSQL: where the two databases are, connections to them, and their schema; the devices' commands.
 
-Run by an operator (`migrate`, `url`, `devices`, `add-device`, `new-token`, `rename-device`, `remove-device`) and
-imported by every other script. Touches icloud.devices in the devices' commands, of which remove-device also deletes
-from icloud.send_queue and reads outreach_batch_items; and every table of schema.sql in migrate. Example:
+Run by an operator (`migrate`, `url`, `devices`, `add-device`, `new-token`, `rename-device`, `release-device`,
+`remove-device`) and imported by every other script. Touches icloud.devices in the devices' commands, of which
+release-device and remove-device change icloud.send_queue, and the latter reads outreach_batch_items; and every table of
+schema.sql in migrate. Example:
 
     python db.py add-device mac-mini
 """
@@ -516,7 +517,8 @@ def devices_command() -> int:
 
 
 def new_token_command(name: str) -> int:
-    sql = "UPDATE icloud.devices SET token = %(digest)s WHERE id = %(id)s"
+    # The Mac that collected with the old token is not the one that will: see send_queue_server.collect.
+    sql = "UPDATE icloud.devices SET token = %(digest)s, instance = NULL WHERE id = %(id)s"
     token, stored = generate_token()
     with contextlib.closing(connect(url("icloud"))) as conn:
         device_id, _, _ = find_device(conn, name)
@@ -540,6 +542,44 @@ def rename_device_command(name: str, new_name: str) -> int:
             raise DeviceError(f"there is a device {new_name!r} already: choose another name")
     say(f"device {device_id} is now called {new_name!r}\n")
     return 0
+
+
+def release_device_command(name: str) -> int:
+    """End what a lost Mac has collected: it may have been sent. In flight, it would hold the limits of all devices."""
+    sql = """
+        UPDATE icloud.send_queue
+           SET status = 'failed', outcome = 'unknown', updated_at = now(),
+               failure_reason = 'the device was released: nobody knows whether it has sent this'
+         WHERE device_id = %(id)s AND status = 'queued' AND collected_at IS NOT NULL
+        RETURNING id
+    """
+    waiting_of = """
+        SELECT count(*) FROM icloud.send_queue
+         WHERE device_id = %(id)s AND status = 'queued' AND collected_at IS NULL
+    """
+    with contextlib.closing(connect(url("icloud"))) as conn:
+        device_id, name, seen_at = find_device(conn, name)
+        released = query(conn, sql, {"id": device_id})
+        [(waiting,)] = query(conn, waiting_of, {"id": device_id})
+    say(f"device {name!r}, {device_id}, last seen: {seen(seen_at)}\n{release_report(len(released), waiting)}")
+    return 0
+
+
+def release_report(released: int, waiting: int) -> str:
+    """What became of a released device's messages, and what to do about them."""
+    said = f"- {messages(released)} collected, without a result: now of unknown outcome. "
+    said += (
+        "If the Mac comes back, it still reports\n"
+        "  what it did. To send them again: python dispatcher.py --retry BATCH_ID --include-unknown\n"
+        if released
+        else "Nothing is changed.\n"
+    )
+    if waiting:
+        said += (
+            f"- {messages(waiting)} not collected: still waiting for this device. To let another device send them,\n"
+            "  set paused = true in outreach_settings for one tick of the dispatcher.\n"
+        )
+    return said
 
 
 def remove_device_command(name: str, is_confirmed: bool) -> int:
@@ -671,6 +711,7 @@ def command_line() -> argparse.ArgumentParser:
     command("new-token", new_token_command, "give a device another token, and print that once", existing)
     rename = command("rename-device", rename_device_command, "give a device another name", existing)
     rename.add_argument("new_name", type=device_name)
+    command("release-device", release_device_command, "end what a lost device has collected: outcome unknown", existing)
     remove = command("remove-device", remove_device_command, "delete a device and its messages", existing)
     remove.add_argument("--yes", dest="is_confirmed", action="store_true", help="else only say what it would do")
     return parser

@@ -16,6 +16,7 @@ its row in the queue, or the next tick repeats the request, which the queue's un
 
 import argparse
 import contextlib
+import itertools
 import logging
 import os
 import re
@@ -27,7 +28,7 @@ import traceback
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import psycopg2
@@ -47,8 +48,12 @@ RETRIES = 2  # of a 500, which may be one bad moment of the server's
 RETRY_PAUSE = 0.5  # seconds
 REASON_LENGTH = 500  # characters of an error text that an item keeps
 NO_REASON = "the device gave no reason"
-DEVICE_GONE_AFTER = timedelta(days=1)  # a device that was not seen for so long is passed over while another one lives
-MAX_SKIPPED = 10_000  # items that one tick skips of a batch, so that a statement always ends within its time-out
+NO_HANDLE, OPTED_OUT = "no primary handle found", "opted out"  # why an item is skipped
+ROW_GONE = "send queue row no longer exists"
+MAX_GIVEN_BACK = 3  # an item that devices gave back so often in a row, within one attempt, has failed
+# How many of a batch's items are looked at, one time after another, while each of them is to be skipped. So a tick
+# skips 11,111 at most, and a statement always ends within its time-out.
+LOOKS = (1, 10, 100, 1_000, 10_000)
 
 Connection = Any  # psycopg2's connection
 JobCounts = Counter[str]
@@ -68,77 +73,127 @@ class ServerUnavailable(Exception):
 class EnqueueRejected(Exception):
     """mac-sync judged the item. The message, the item's failure reason, may quote it: it is not for the log."""
 
+    def __init__(self, reason: str, item_status: str = "failed") -> None:
+        super().__init__(reason)
+        self.item_status = item_status
+
+
+class Head(NamedTuple):
+    """A batch's next pending item, or one of its next ones, with all handles of its client."""
+
+    batch_id: str
+    id: str
+    handles: list[str]
+    has_primary: bool
+
 
 class Item(NamedTuple):
-    """A claimed item. `handle`: its client's primary one. `device_id`: the device that reached the client last."""
+    """A claimed item. `handle`: its client's primary one. `device_id`: the device that reached the client last.
+
+    `handles`: all of its client's. `attempt`: 1, and one more for each retry.
+    """
 
     id: str
     batch_id: str
     body: str
     created_at: datetime
+    attempt: int
     handle: str | None
+    handles: list[str]
     device_id: str | None
 
 
 class QueueRow(NamedTuple):
-    """A row of the send queue, as sync reads it. `ended_at`: when it was sent."""
+    """A row of the send queue, as sync reads it. `ended_at`: when it was sent, or when it failed.
+
+    `given_back`: how many rows of the same item and attempt have the outcome `not_started`, if this one has.
+    """
 
     id: str
     batch_item_id: str | None
+    attempt: int
     status: str
+    outcome: str | None
     device_id: str
     ended_at: datetime
     reason: str | None
     is_withdrawn: bool
+    given_back: int
 
 
 class ItemUpdate(NamedTuple):
-    """What became of an item's queue row, as it is written back to the item."""
+    """What became of an item's queue row, as it is written back to the item.
+
+    `unknown_at`: when it ended, if it may have been sent.
+    """
 
     item_id: str
     status: str
-    queue_id: str | None
-    device_id: str | None
-    sent_at: datetime | None
-    reason: str | None
+    queue_id: str | None = None
+    device_id: str | None = None
+    sent_at: datetime | None = None
+    reason: str | None = None
+    unknown_at: datetime | None = None
 
 
 # --- the sync job -------------------------------------------------------------------------------------
 
 
 def sync(quinn: Connection, icloud: Connection) -> JobCounts:
-    """Withdraw what must not be sent any more, then write back the results of what is in flight."""
+    """Withdraw what must not be sent any more, then write back the results of what is in flight.
+
+    A batch that goes wrong by these results is paused, and what waits of it is withdrawn at once.
+    """
     hold = pacing.global_hold(pacing.read_snapshot(quinn))
     counts = JobCounts(withdrawn=batches.withdraw(quinn, icloud, hold))
     updates = [*fetch_results(quinn, icloud), *reconcile_claims(quinn, icloud)]
     apply_updates(quinn, updates)
     counts.update(update.status for update in updates)
-    release_claims(quinn)
     # Here too, because dispatch does not get that far while sending is paused or the server is unavailable.
     complete_batches(quinn, [batch.id for batch in pacing.batches(quinn) if not batch.pending])
+    if stopped := batches.stop_failing(quinn, icloud):
+        counts["batches paused"] += len(stopped)
+        counts["withdrawn"] += batches.withdraw(quinn, icloud, hold)
+    release_claims(quinn)
     db.query(quinn, "UPDATE outreach_settings SET last_synced_at = now() WHERE id = 1")
     return counts
 
 
 def fetch_results(quinn: Connection, icloud: Connection) -> list[ItemUpdate]:
-    """Return what became of the queued items; nothing for those that still wait."""
-    queued = "SELECT id, send_queue_id FROM outreach_batch_items WHERE status = 'queued'"
+    """Return what became of the queued items, and of those with an unknown outcome, which a device may find out.
+
+    Nothing for those that still wait. A device watches a message for a week at most.
+    """
+    work_list = """
+        SELECT id, send_queue_id, true, now()
+          FROM outreach_batch_items
+         WHERE status = 'queued'
+        UNION ALL
+        SELECT id, send_queue_id, false, now()
+          FROM outreach_batch_items
+         WHERE outcome_unknown_at > now() - interval '8 days' AND CASE status WHEN 'failed' THEN true END
+    """
     rows_of = """
-        SELECT id, batch_item_id, status, device_id, COALESCE(sent_at, updated_at), failure_reason,
-               withdrawn_at IS NOT NULL
-          FROM icloud.send_queue
+        SELECT id, batch_item_id, attempt, status, outcome, device_id, COALESCE(sent_at, updated_at), failure_reason,
+               withdrawn_at IS NOT NULL,
+               CASE outcome WHEN 'not_started' THEN
+                   (SELECT count(*) FROM icloud.send_queue AS other
+                     WHERE other.batch_item_id = message.batch_item_id AND other.attempt = message.attempt
+                       AND other.status = 'failed' AND other.outcome = 'not_started')
+               ELSE 0 END
+          FROM icloud.send_queue AS message
          WHERE id = ANY (%(ids)s::uuid[])
     """
-    items = db.query(quinn, queued)
-    ids = [queue_id for _, queue_id in items if runtime.is_uuid(queue_id)]  # the column is TEXT
+    items = db.query(quinn, work_list)
+    ids = [queue_id for _, queue_id, _, _ in items if runtime.is_uuid(queue_id)]  # the column is TEXT
     rows = {row[0]: QueueRow(*row) for row in db.query(icloud, rows_of, {"ids": ids})} if items else {}
     updates = []
-    for item_id, queue_id in items:
+    for item_id, queue_id, is_queued, now in items:
         row = rows.get(queue_id.lower()) if runtime.is_uuid(queue_id) else None
-        if row is None:
-            reason = "send queue row no longer exists"
-            updates.append(ItemUpdate(item_id, "failed", queue_id, None, None, reason))
-        elif row.status != "queued":
+        if row is None and is_queued:
+            # Its device was deleted, or the queue was restored from a backup: it may have been sent.
+            updates.append(ItemUpdate(item_id, "failed", queue_id, reason=ROW_GONE, unknown_at=now))
+        elif row and row.status != "queued" and (is_queued or row.outcome != "unknown"):
             updates.append(item_update(item_id, row))
     return updates
 
@@ -146,42 +201,58 @@ def fetch_results(quinn: Connection, icloud: Connection) -> list[ItemUpdate]:
 def reconcile_claims(quinn: Connection, icloud: Connection) -> list[ItemUpdate]:
     """Return the updates of claimed items whose row is in the queue: the response to their enqueue was lost.
 
-    An item's newest row counts, and it may have ended by now. The row that the item knows already (its failure
-    before a retry) and a withdrawn one do not belong to this claim.
+    A row that is queued or was sent counts, else the newest failure of the item's attempt. What a retry knows already
+    does not belong to this claim, nor does a row that was withdrawn or given back.
     """
-    claimed = "SELECT id, send_queue_id FROM outreach_batch_items WHERE status = 'pending' AND claimed_at IS NOT NULL"
+    claimed = """
+        SELECT id, attempt, send_queue_id FROM outreach_batch_items WHERE status = 'pending' AND claimed_at IS NOT NULL
+    """
     rows_of = """
-        SELECT id, batch_item_id, status, device_id, COALESCE(sent_at, updated_at), failure_reason,
-               withdrawn_at IS NOT NULL
+        SELECT id, batch_item_id, attempt, status, outcome, device_id, COALESCE(sent_at, updated_at), failure_reason,
+               withdrawn_at IS NOT NULL,
+               count(*) FILTER (WHERE outcome = 'not_started') OVER (PARTITION BY batch_item_id, attempt)
           FROM (SELECT * FROM icloud.send_queue WHERE batch_item_id = ANY (%(ids)s::uuid[]) AND status <> 'failed'
                  UNION ALL
                 SELECT * FROM icloud.send_queue WHERE batch_item_id = ANY (%(ids)s::uuid[]) AND status = 'failed'
                ) AS message
-         ORDER BY created_at
+         ORDER BY status <> 'failed', created_at
     """
-    known: dict[str, str | None] = dict(db.query(quinn, claimed))
-    rows = [QueueRow(*row) for row in db.query(icloud, rows_of, {"ids": list(known)})] if known else []
-    updates = []
-    for item_id, row in {str(row.batch_item_id): row for row in rows}.items():
-        if not row.is_withdrawn and row.id != known[item_id]:
-            logger.warning("enqueue recovered sendQueueId=%s item=%s: response was lost", row.id, item_id)
-            updates.append(item_update(item_id, row))
-    return updates
+    items = {item_id: (attempt, known) for item_id, attempt, known in db.query(quinn, claimed)}
+    rows = [QueueRow(*row) for row in db.query(icloud, rows_of, {"ids": list(items)})] if items else []
+    updates = {}
+    for row in rows:
+        item_id = str(row.batch_item_id)
+        attempt, known = items[item_id]
+        update = item_update(item_id, row)
+        if update.status != "failed" or (row.attempt == attempt and row.id != known):
+            updates[item_id] = update
+    recovered = [update for update in updates.values() if update.status != "pending"]
+    for update in recovered:
+        logger.warning("enqueue recovered sendQueueId=%s item=%s: response was lost", update.queue_id, update.item_id)
+    return recovered
 
 
 def item_update(item_id: str, row: QueueRow) -> ItemUpdate:
-    """Map a queue row to its item: withdrawn -> pending; sent, failed and queued as they are."""
-    if row.is_withdrawn:
-        return ItemUpdate(item_id, "pending", None, None, None, None)
+    """Map a queue row to its item: sent, failed and queued as they are; withdrawn, or given back -> pending.
+
+    The third time in a row that an item is given back, it has failed. A failure of unknown outcome is marked as one.
+    """
+    if row.is_withdrawn or (row.outcome == "not_started" and row.given_back < MAX_GIVEN_BACK):
+        return ItemUpdate(item_id, "pending")
     if row.status == "sent":
-        return ItemUpdate(item_id, "sent", row.id, row.device_id, row.ended_at, None)
+        return ItemUpdate(item_id, "sent", row.id, row.device_id, sent_at=row.ended_at)
     if row.status == "failed":
-        return ItemUpdate(item_id, "failed", row.id, row.device_id, None, row.reason or NO_REASON)
-    return ItemUpdate(item_id, "queued", row.id, row.device_id, None, None)
+        unknown_at = row.ended_at if row.outcome == "unknown" else None
+        return ItemUpdate(
+            item_id, "failed", row.id, row.device_id, reason=row.reason or NO_REASON, unknown_at=unknown_at
+        )
+    return ItemUpdate(item_id, "queued", row.id, row.device_id)
 
 
 def apply_updates(quinn: Connection, updates: Sequence[ItemUpdate]) -> None:
-    """queued -> sent, failed or (withdrawn) pending; a claimed pending one -> queued, sent or failed. One statement."""
+    """queued -> sent, failed or pending; a claimed pending one -> queued, sent or failed; failed, of unknown outcome ->
+    sent or failed. One statement.
+    """
     sql = """
         UPDATE outreach_batch_items AS item
            SET status = ended.status,
@@ -190,13 +261,18 @@ def apply_updates(quinn: Connection, updates: Sequence[ItemUpdate]) -> None:
                queued_at = CASE WHEN ended.status <> 'pending' THEN COALESCE(item.queued_at, item.claimed_at) END,
                sent_at = ended.sent_at,
                failure_reason = ended.reason,
+               -- That of an attempt before a retry stays: it counts against the limits.
+               outcome_unknown_at = COALESCE(ended.unknown_at, CASE WHEN 'failed' NOT IN (item.status, ended.status)
+                                                                    THEN item.outcome_unknown_at END),
                claimed_at = NULL,
                updated_at = now()
           FROM unnest(%(item_id)s::uuid[], %(status)s::text[], %(queue_id)s::text[], %(device_id)s::uuid[],
-                      %(sent_at)s::timestamptz[], %(reason)s::text[])
-               AS ended (item_id, status, queue_id, device_id, sent_at, reason)
+                      %(sent_at)s::timestamptz[], %(reason)s::text[], %(unknown_at)s::timestamptz[])
+               AS ended (item_id, status, queue_id, device_id, sent_at, reason, unknown_at)
          WHERE item.id = ended.item_id
-           AND (item.status = 'queued' OR (item.status = 'pending' AND item.claimed_at IS NOT NULL))
+           AND CASE item.status WHEN 'queued' THEN true
+                                WHEN 'pending' THEN item.claimed_at IS NOT NULL
+                                WHEN 'failed' THEN item.outcome_unknown_at IS NOT NULL END
     """
     if not updates:
         return
@@ -204,6 +280,11 @@ def apply_updates(quinn: Connection, updates: Sequence[ItemUpdate]) -> None:
     for update in updates:
         if update.status == "sent":
             logger.info("item sent sendQueueId=%s item=%s", update.queue_id, update.item_id)
+        elif update.unknown_at:
+            logger.warning(
+                "item failed, outcome unknown item=%s sendQueueId=%s: it may have been sent; look at the Mac",
+                update.item_id, update.queue_id,
+            )  # fmt: skip
         elif update.status == "failed":
             # The reason is a device's words, which may name a person: it is in failure_reason, not in the log.
             logger.warning("item failed item=%s sendQueueId=%s", update.item_id, update.queue_id)
@@ -220,7 +301,8 @@ def release_claims(quinn: Connection) -> None:
          WHERE CASE status WHEN 'pending' THEN true END
            AND id = ANY (ARRAY(SELECT claimed.id
                                  FROM claimed JOIN outreach_batches AS batch ON batch.id = claimed.batch_id
-                                WHERE batch.status <> 'sending' OR batch.dry_run))
+                                WHERE batch.status <> 'sending' OR batch.dry_run
+                                   OR (batch.digest IS NOT NULL AND batch.approved_at IS NULL)))
     """
     db.query(quinn, sql)
 
@@ -246,10 +328,10 @@ def dispatch(quinn: Connection, icloud: Connection, client: "SendQueueClient") -
     items = claimed_items(quinn)
     completion_candidates = [item.batch_id for item in items]
     if not items:
-        counts["skipped"], completion_candidates = claim(quinn, snapshot, devices)
+        counts["skipped"], completion_candidates = claim(quinn, icloud, snapshot, devices)
         items = claimed_items(quinn)
     mark_dispatched(quinn)
-    enqueue_claimed(quinn, client, snapshot, devices, items, counts)
+    enqueue_claimed(quinn, icloud, client, snapshot, devices, items, counts)
     complete_batches(quinn, completion_candidates)
     return counts
 
@@ -259,7 +341,9 @@ def mark_dispatched(quinn: Connection) -> None:
     db.query(quinn, "UPDATE outreach_settings SET last_dispatched_at = now() WHERE id = 1")
 
 
-def claim(quinn: Connection, snapshot: pacing.Snapshot, devices: Sequence[pacing.Device]) -> tuple[int, list[str]]:
+def claim(
+    quinn: Connection, icloud: Connection, snapshot: pacing.Snapshot, devices: Sequence[pacing.Device]
+) -> tuple[int, list[str]]:
     """Claim the next item of each batch while the limits have capacity.
 
     Return how many items were skipped on the way, and the batches that may have no item left: all that had none,
@@ -272,8 +356,8 @@ def claim(quinn: Connection, snapshot: pacing.Snapshot, devices: Sequence[pacing
     def claim_batches(batch_ids: Sequence[str]) -> int:
         nonlocal skipped
         completion_candidates.extend(batch_ids)
-        item_ids, unreachable = next_items(quinn, batch_ids)
-        skipped += skip_unreachable(quinn, unreachable)
+        item_ids, skips = next_items(quinn, icloud, batch_ids)
+        skipped += skips
         return claim_next_items(quinn, batch_ids, item_ids)
 
     decision = pacing.decide(snapshot, waiting, devices)
@@ -284,46 +368,75 @@ def claim(quinn: Connection, snapshot: pacing.Snapshot, devices: Sequence[pacing
     return skipped, completion_candidates
 
 
-def next_items(quinn: Connection, batch_ids: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return each batch's oldest pending item whose client has a primary handle, and the items before it.
+def next_items(quinn: Connection, icloud: Connection, batch_ids: Sequence[str]) -> tuple[list[str], int]:
+    """Return each batch's oldest pending item that has somebody to go to, and how many were skipped before it.
 
-    It reads the items that are skipped and one more for each batch, whatever the planner believes: OFFSET 0 keeps
-    the EXISTS a look-up, and the LATERAL and the ARRAY are run once for each batch.
+    Opt-outs are in the other database. So it looks at the heads of the batches alone, and at more of a batch only when
+    all of those were skipped: the work follows the items that are looked at, not those that wait.
+    """
+    found: list[str] = []
+    skipped = 0
+    for look in LOOKS:
+        heads = read_heads(quinn, batch_ids, look)
+        opted_out = batches.opted_out(icloud, (handle for head in heads for handle in head.handles))
+        reasons: dict[str, list[str]] = {NO_HANDLE: [], OPTED_OUT: []}
+        batch_ids = []
+        for batch_id, group in itertools.groupby(heads, lambda head: head.batch_id):
+            candidates = list(group)
+            for head in candidates:
+                reason = skip_reason(head.has_primary, head.handles, opted_out)
+                if reason is None:
+                    found.append(head.id)
+                    break
+                reasons[reason].append(head.id)
+            else:
+                batch_ids += [batch_id] if len(candidates) == look else []
+        skipped += sum(skip(quinn, item_ids, reason) for reason, item_ids in reasons.items())
+        if not batch_ids:
+            break
+    return found, skipped
+
+
+def skip_reason(has_primary: bool, addresses: Sequence[str], opted_out: set[str]) -> str | None:
+    """Return why an item is skipped, None if it is not. An opt-out of any handle counts for the person."""
+    if not has_primary:
+        return NO_HANDLE
+    return OPTED_OUT if any(handles.key(address) in opted_out for address in addresses) else None
+
+
+def read_heads(quinn: Connection, batch_ids: Sequence[str], look: int) -> list[Head]:
+    """Return the first `look` pending items of each batch, in their order.
+
+    The LATERAL is run once for each batch, whatever the planner believes, and OFFSET 0 keeps the EXISTS a look-up.
     """
     sql = """
-        SELECT head.id,
-               ARRAY(SELECT id FROM outreach_batch_items
-                      WHERE batch_id = served.batch_id AND status = 'pending'
-                        AND (created_at, id) < (COALESCE(head.created_at, 'infinity'), head.id)
-                      ORDER BY created_at, id
-                      LIMIT %(max_skipped)s)::text[]
+        SELECT served.batch_id, head.id,
+               ARRAY(SELECT handle FROM contact_relationships WHERE client_id = head.client_id AND handle IS NOT NULL),
+               EXISTS (SELECT FROM contact_relationships WHERE client_id = head.client_id AND is_primary OFFSET 0)
           FROM unnest(%(batch_ids)s::uuid[]) AS served (batch_id)
-          LEFT JOIN LATERAL (
-               SELECT created_at, id
-                 FROM outreach_batch_items AS candidate
+         CROSS JOIN LATERAL (
+               SELECT id, client_id, created_at
+                 FROM outreach_batch_items
                 WHERE batch_id = served.batch_id AND status = 'pending'
-                  AND EXISTS (SELECT FROM contact_relationships
-                               WHERE client_id = candidate.client_id AND is_primary OFFSET 0)
                 ORDER BY created_at, id
-                LIMIT 1
-               ) AS head ON true
+                LIMIT %(look)s
+               ) AS head
+         ORDER BY served.batch_id, head.created_at, head.id
     """
-    rows = db.query(quinn, sql, {"batch_ids": list(batch_ids), "max_skipped": MAX_SKIPPED})
-    item_ids = [item_id for item_id, _ in rows if item_id]
-    return item_ids, [item_id for _, unreachable in rows for item_id in unreachable]
+    return [Head(*row) for row in db.query(quinn, sql, {"batch_ids": list(batch_ids), "look": look})]
 
 
-def skip_unreachable(quinn: Connection, item_ids: Sequence[str]) -> int:
-    """pending -> skipped, for items whose client has no primary handle."""
+def skip(quinn: Connection, item_ids: Sequence[str], reason: str) -> int:
+    """pending -> skipped, with the reason; return how many."""
     sql = """
         UPDATE outreach_batch_items
-           SET status = 'skipped', failure_reason = 'no primary handle found', updated_at = now()
+           SET status = 'skipped', failure_reason = %(reason)s, updated_at = now()
          WHERE id = ANY (%(ids)s::uuid[]) AND CASE status WHEN 'pending' THEN true END
         RETURNING id
     """
-    skipped = db.query(quinn, sql, {"ids": item_ids}) if item_ids else []
+    skipped = db.query(quinn, sql, {"ids": item_ids, "reason": reason}) if item_ids else []
     for (item_id,) in skipped:
-        logger.info("item skipped item=%s reason='no primary handle found'", item_id)
+        logger.info("item skipped item=%s reason=%r", item_id, reason)
     return len(skipped)
 
 
@@ -345,12 +458,14 @@ def claimed_items(quinn: Connection) -> list[Item]:
     """Return the claimed items of sending batches, with what their message needs."""
     sql = """
         WITH claimed AS MATERIALIZED (
-            SELECT id, batch_id, client_id, rendered_body, created_at, claimed_at
+            SELECT id, batch_id, client_id, rendered_body, created_at, claimed_at, attempt
               FROM outreach_batch_items
              WHERE status = 'pending' AND claimed_at IS NOT NULL
         )
-        SELECT claimed.id, claimed.batch_id, claimed.rendered_body, claimed.created_at,
+        SELECT claimed.id, claimed.batch_id, claimed.rendered_body, claimed.created_at, claimed.attempt,
                (SELECT min(handle) FROM contact_relationships WHERE client_id = claimed.client_id AND is_primary),
+               ARRAY(SELECT handle FROM contact_relationships
+                      WHERE client_id = claimed.client_id AND handle IS NOT NULL),
                (SELECT device_id FROM outreach_batch_items
                  WHERE client_id = claimed.client_id AND status = 'sent' AND device_id IS NOT NULL
                  ORDER BY sent_at DESC
@@ -358,6 +473,7 @@ def claimed_items(quinn: Connection) -> list[Item]:
           FROM claimed
           JOIN outreach_batches AS batch ON batch.id = claimed.batch_id
          WHERE batch.status = 'sending' AND NOT batch.dry_run
+           AND (batch.digest IS NULL OR batch.approved_at IS NOT NULL)
          ORDER BY claimed.claimed_at, claimed.created_at, claimed.id
     """
     return [Item(*row) for row in db.query(quinn, sql)]
@@ -365,22 +481,48 @@ def claimed_items(quinn: Connection) -> list[Item]:
 
 def enqueue_claimed(
     quinn: Connection,
+    icloud: Connection,
     client: "SendQueueClient",
     snapshot: pacing.Snapshot,
     devices: Sequence[pacing.Device],
     items: Sequence[Item],
     counts: JobCounts,
 ) -> None:
-    """Enqueue each item and record what became of it. Raises ServerUnavailable, with the rest still claimed."""
+    """Enqueue each item and record what became of it. Raises ServerUnavailable, with the rest still claimed.
+
+    A claim may have waited through an outage, and a tick may be long: so it looks again for opt-outs, and before each
+    request for a pause. What is enqueued all the same is withdrawn at once.
+    """
     valid_until = pacing.next_quiet_hours(snapshot)
+    opted_out = batches.opted_out(icloud, (handle for item in items for handle in item.handles))
     # The settings were read once, for this tick. What does not fit into one interval waits for the next tick.
     end = time.monotonic() + interval()
     for item in items:
         if stop.is_set() or time.monotonic() > end:
             return
         runtime.sd_notify("WATCHDOG=1")
-        device_id = device_for(item, snapshot, devices)
-        counts[enqueue_item(quinn, client, item, device_id, valid_until)] += 1
+        if reason := skip_reason(item.handle is not None, item.handles, opted_out):
+            counts[mark_ended(quinn, item, "skipped", reason)] += 1
+        elif is_wanted(quinn, item):
+            device_id = device_for(item, snapshot, devices)
+            status, is_still_wanted = enqueue_item(quinn, client, item, device_id, valid_until)
+            counts[status] += 1
+            if not is_still_wanted:
+                counts["withdrawn"] += batches.withdraw(quinn, icloud, pacing.global_hold(pacing.read_snapshot(quinn)))
+
+
+def is_wanted(quinn: Connection, item: Item) -> bool:
+    """Tell whether a claimed item may go now: it is still claimed, its batch is being sent, nobody paused sending."""
+    sql = """
+        SELECT NOT settings.paused AND batch.status = 'sending' AND NOT batch.dry_run
+               AND (batch.digest IS NULL OR batch.approved_at IS NOT NULL)
+               AND item.status = 'pending' AND item.claimed_at IS NOT NULL
+          FROM outreach_settings AS settings,
+               outreach_batch_items AS item
+          JOIN outreach_batches AS batch ON batch.id = item.batch_id
+         WHERE settings.id = 1 AND item.id = %(id)s
+    """
+    return db.query(quinn, sql, {"id": item.id}) == [(True,)]
 
 
 def device_for(item: Item, snapshot: pacing.Snapshot, devices: Sequence[pacing.Device]) -> str | None:
@@ -388,54 +530,56 @@ def device_for(item: Item, snapshot: pacing.Snapshot, devices: Sequence[pacing.D
 
     A device that was not seen for a day is passed over while another one lives.
     """
-    gone = datetime.min.replace(tzinfo=UTC)
-    living = [device.id for device in devices if snapshot.now - (device.last_seen_at or gone) < DEVICE_GONE_AFTER]
-    choices = living or [device.id for device in devices]
+    choices = [device.id for device in pacing.living(devices, snapshot.now)]
     wishes = (item.device_id, snapshot.settings.device_id, *choices[:1])
     return next((device_id for device_id in wishes if device_id in choices), None)
 
 
 def enqueue_item(
     quinn: Connection, client: "SendQueueClient", item: Item, device_id: str | None, valid_until: datetime | None
-) -> str:
-    """Enqueue one item and record it; return its new status. No transaction is open during the request.
+) -> tuple[str, bool]:
+    """Enqueue one item and record it; return its new status, and whether it is still to be sent.
 
-    A crash before the record leaves the item claimed: see the head of this file.
+    No transaction is open during the request. A crash before the record leaves the item claimed: see the head of this
+    file.
     """
-    if item.handle is None:  # it had one when it was claimed
-        return mark_ended(quinn, item, "skipped", "no primary handle found")
     if device_id is None:
-        return mark_ended(quinn, item, "failed", pacing.NO_DEVICE)
-    handle = handles.to_send(item.handle)
+        return mark_ended(quinn, item, "failed", pacing.NO_DEVICE), True
+    address = item.handle or ""
+    handle = handles.to_send(address)
     if handle is None:
         logger.warning(
             "number cannot be read, it is passed on as it is item=%s to=%s; %s",
-            item.id, handles.mask_handle(item.handle), handles.UNREADABLE_REMEDY,
+            item.id, handles.mask_handle(address), handles.UNREADABLE_REMEDY,
         )  # fmt: skip
     try:
-        queue_id = client.enqueue(item, handle or item.handle, device_id, valid_until)
+        queue_id = client.enqueue(item, handle or address, device_id, valid_until)
     except EnqueueRejected as rejection:
-        return mark_ended(quinn, item, "failed", str(rejection))
-    return mark_queued(quinn, item, queue_id, device_id)
+        return mark_ended(quinn, item, rejection.item_status, str(rejection)), True
+    return "queued", mark_queued(quinn, item, queue_id, device_id)
 
 
-def mark_queued(quinn: Connection, item: Item, queue_id: str, device_id: str) -> str:
-    """pending -> queued."""
+def mark_queued(quinn: Connection, item: Item, queue_id: str, device_id: str) -> bool:
+    """pending -> queued; return whether it is still to be sent: neither it, nor its batch, nor a pause came between."""
     sql = """
-        UPDATE outreach_batch_items
+        UPDATE outreach_batch_items AS item
            SET status = 'queued', send_queue_id = %(queue_id)s, device_id = %(device_id)s,
                queued_at = now(), claimed_at = NULL, updated_at = now()
          WHERE id = %(id)s AND status = 'pending'
-        RETURNING id
+        RETURNING (SELECT NOT paused FROM outreach_settings WHERE id = 1)
+                  AND (SELECT status = 'sending' AND NOT dry_run AND (digest IS NULL OR approved_at IS NOT NULL)
+                         FROM outreach_batches AS batch
+                        WHERE batch.id = item.batch_id)
     """
-    if db.query(quinn, sql, {"id": item.id, "queue_id": queue_id, "device_id": device_id}):
+    rows = db.query(quinn, sql, {"id": item.id, "queue_id": queue_id, "device_id": device_id})
+    if rows:
         to = handles.mask_handle(item.handle or "")
         logger.info(
             "item queued to mac-sync sendQueueId=%s item=%s batch=%s to=%s", queue_id, item.id, item.batch_id, to
         )
     else:
         logger.warning("item changed concurrently during enqueue item=%s sendQueueId=%s", item.id, queue_id)
-    return "queued"
+    return rows == [(True,)]
 
 
 def mark_ended(quinn: Connection, item: Item, status: str, reason: str) -> str:
@@ -446,7 +590,8 @@ def mark_ended(quinn: Connection, item: Item, status: str, reason: str) -> str:
          WHERE id = %(id)s AND status = 'pending'
     """
     db.query(quinn, sql, {"id": item.id, "status": status, "reason": reason})
-    logger.warning("item %s item=%s batch=%s: failure_reason says why", status, item.id, item.batch_id)
+    level = logging.WARNING if status == "failed" else logging.INFO
+    logger.log(level, "item %s item=%s batch=%s: failure_reason says why", status, item.id, item.batch_id)
     return status
 
 
@@ -480,11 +625,12 @@ class SendQueueClient:
 
     def enqueue(self, item: Item, handle: str, device_id: str, valid_until: datetime | None) -> str:
         """Put the item's message into the queue; return its row's id. Raises EnqueueRejected or ServerUnavailable."""
-        message = {
+        message: dict[str, str | int] = {
             "batchItemId": item.id,
             "deviceId": device_id,
             "toHandle": handle,
             "body": item.body,
+            "attempt": item.attempt,
             "draftedAt": item.created_at.isoformat(),
         }
         if valid_until:
@@ -498,11 +644,13 @@ class SendQueueClient:
             # Put there before a crash, and before somebody edited the item or its client: that row is what is sent.
             logger.warning("item is in the queue already, with other content item=%s sendQueueId=%s", item.id, queue_id)
             return queue_id
+        if status == 422 and error:
+            raise EnqueueRejected(OPTED_OUT, "skipped")
         if status in (400, 413, 500) and error:
             raise EnqueueRejected(f"HTTP {status}: {error}")
         raise ServerUnavailable(f"HTTP {status} from {self.url}", _remedy(status))
 
-    def _post(self, message: dict[str, str]) -> requests.Response:
+    def _post(self, message: dict[str, str | int]) -> requests.Response:
         for pause in [RETRY_PAUSE] * RETRIES + [0]:
             try:
                 response = self.session.post(self.url, json=message, timeout=HTTP_TIMEOUT, allow_redirects=False)
@@ -666,12 +814,18 @@ def run_once(token: str) -> int:
     return 1 if None in results.values() else 0
 
 
-def run_retry(batch_id: str) -> int:
-    """Make a batch's failed items pending again, between two jobs, and print how many."""
+def run_retry(batch_id: str, include_unknown: bool = False) -> int:
+    """Make a batch's failed items pending again, between two jobs, and print how many.
+
+    Refuse to include those of unknown outcome while a device may still find out what became of them.
+    """
     try:
         with contextlib.closing(db.connect(db.url("quinn"))) as quinn:
             batches.acquire_lock(quinn, stop)
-            found = batches.retry(quinn, batch_id)
+            if include_unknown and (refusal := refuse_watched(quinn, batch_id)):
+                sys.stderr.write(f"dispatcher.py: nothing was changed: {refusal}\n")
+                return 1
+            found = batches.retry(quinn, batch_id, include_unknown)
     except batches.LockTimeout:
         sys.stderr.write(
             f"dispatcher.py: nothing was changed: the dispatcher was busy for {batches.LOCK_WAIT} s; try again\n"
@@ -683,9 +837,24 @@ def run_retry(batch_id: str) -> int:
     if found is None:
         sys.stderr.write(f"dispatcher.py: there is no batch {batch_id}\n")
         return 1
-    status, count = found
+    status, count, unknown = found
     sys.stdout.write(f"{count} failed items are pending again; the batch is {status}\n")
+    if unknown and not include_unknown:
+        sys.stdout.write(
+            f"{unknown} more may have been sent and stay failed: look at the Mac. To send them again, too: "
+            f"python dispatcher.py --retry {batch_id} --include-unknown\n"
+        )
     return 0
+
+
+def refuse_watched(quinn: Connection, batch_id: str) -> str | None:
+    """Return why a batch's messages of unknown outcome cannot be sent again yet; None if they can."""
+    with contextlib.closing(db.connect(db.url("icloud"))) as icloud:
+        count, until = batches.watched(quinn, icloud, batch_id)
+    if until is None:
+        return None
+    what = "1 message, which" if count == 1 else f"{count} messages, which"
+    return f"the Mac still watches {what} may yet leave. Try again after {until.astimezone():%Y-%m-%d %H:%M %Z}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -698,11 +867,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--once", action="store_true", help="sync, then dispatch, exactly once; exit 1 if either failed")
     what.add_argument("--retry", metavar="BATCH_ID", type=uuid.UUID, help="make a batch's failed items pending again")
+    parser.add_argument(
+        "--include-unknown", action="store_true", help="with --retry: also the items that may have been sent already"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.include_unknown and not arguments.retry:
+        parser.error("--include-unknown belongs to --retry")
     runtime.load_settings()
     runtime.set_up_logging()
     if arguments.retry:
-        return run_retry(str(arguments.retry))
+        return run_retry(str(arguments.retry), arguments.include_unknown)
     token = runtime.service_token()
     if token is None:
         runtime.sd_notify("READY=1")  # systemd would take an exit before it for a failure

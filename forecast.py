@@ -74,7 +74,7 @@ class OutreachSnapshot(NamedTuple):
 class QueueSnapshot(NamedTuple):
     """What icloud holds; `now` and `read_at` as in OutreachSnapshot.
 
-    `ended`: the rows in flight that have a result, and when they were sent (None: failed).
+    `ended`: the rows in flight that have a result, and when they were sent, or may have been (None: certainly not).
     """
 
     now: datetime
@@ -113,7 +113,8 @@ def _read_counts(quinn: Any, batch_id: str | None) -> dict[str, BatchCounts]:
     sql = """
         WITH batch AS (
             SELECT id, status, last_served_at, created_at FROM outreach_batches
-             WHERE (status = 'sending' AND NOT dry_run) OR id = %(batch_id)s::uuid
+             WHERE (status = 'sending' AND NOT dry_run AND (digest IS NULL OR approved_at IS NOT NULL))
+                OR id = %(batch_id)s::uuid
         ), item AS (
             SELECT batch_id, status, count(*) AS count FROM outreach_batch_items
              WHERE batch_id IN (SELECT id FROM batch)
@@ -160,7 +161,11 @@ def predict_outcome(handle: str | None, is_empty: bool) -> str:
 
 def read_queue(icloud: Any, queued_items: Sequence[tuple[str, str]]) -> QueueSnapshot:
     """Read the devices, and which of the queued items have a result that the dispatcher has not read yet."""
-    sql = "SELECT id, sent_at FROM icloud.send_queue WHERE id = ANY (%(ids)s::uuid[]) AND status <> 'queued'"
+    sql = """
+        SELECT id, CASE outcome WHEN 'unknown' THEN updated_at ELSE sent_at END
+          FROM icloud.send_queue
+         WHERE id = ANY (%(ids)s::uuid[]) AND status <> 'queued'
+    """
     now, read_at = _read_clock(icloud)
     ids = [queue_id for _, queue_id in queued_items if runtime.is_uuid(queue_id)]  # the column is TEXT
     rows = db.query(icloud, sql, {"ids": ids}) if 0 < len(ids) <= MAX_SIMULATED_ITEMS else []

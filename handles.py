@@ -1,4 +1,4 @@
-"""Read phone numbers and e-mail addresses: their shape, how they are written for Messages, one key for each, a mask.
+"""Read phone numbers and e-mail addresses (shape, form for Messages, key, mask), and the words that opt out or in.
 
 Used by every script that meets a handle; touches no table. Numbers without a `+` are read as DEFAULT_REGION's. Example:
 
@@ -8,6 +8,7 @@ Used by every script that meets a handle; touches no table. Numbers without a `+
 import functools
 import os
 import re
+import unicodedata
 
 import phonenumbers
 
@@ -23,6 +24,17 @@ UNREADABLE_REMEDY = "write the number with + and its country code, or set DEFAUL
 MEXICAN_MOBILE = re.compile(r"\+521([0-9]{10})")
 # Argentina's have a 9 after the country code when they are called from abroad.
 ARGENTINE_MOBILE = re.compile(r"\+549([0-9]{10})")
+# A reply that is one of these opts out: the FCC's words and the carriers', then French, German and Spanish ones.
+# Written as reply_word() returns them: upper case, no accents. mac/mac_sender.py has a copy: it imports nothing.
+STOP_WORDS = frozenset(
+    (
+        "STOP", "QUIT", "END", "REVOKE", "OPT OUT", "CANCEL", "UNSUBSCRIBE", "STOPALL", "OPTOUT", "REMOVE", "ARRET",
+        "STOPP", "ABMELDEN", "ABBESTELLEN", "AUSTRAGEN", "ALTO", "PARAR", "BAJA", "CANCELAR", "DETENER",
+    )
+)  # fmt: skip
+START_WORDS = frozenset({"START", "UNSTOP"})  # take such an opt-out back
+# What Messages puts between letters: an object's place, variation selectors, zero-width spaces and joiners.
+INVISIBLE = dict.fromkeys((0xFFFC, 0xFE0E, 0xFE0F, 0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF))
 
 
 def is_handle(text: str) -> bool:
@@ -54,6 +66,19 @@ def key(handle: str) -> str:
         return re.sub("[^0-9+]", "", handle)
     argentine = ARGENTINE_MOBILE.fullmatch(number)
     return f"+54{argentine[1]}" if argentine else number
+
+
+def reply_word(text: str) -> str | None:
+    """Return the STOP or START word that is the whole of `text`; None for any other text.
+
+    Case, accents and closing punctuation do not count: `Stop.` and `ARRÊT!!` are words, `stop by at 5?` is none.
+    """
+    decomposed = unicodedata.normalize("NFKD", text.translate(INVISIBLE))
+    letters = "".join(letter for letter in decomposed if not unicodedata.combining(letter))
+    word = " ".join(letters.upper().split())
+    while word and unicodedata.category(word[-1])[0] in "PZ":
+        word = word[:-1]
+    return word if word in STOP_WORDS or word in START_WORDS else None
 
 
 def mask_handle(handle: str) -> str:

@@ -31,6 +31,8 @@ MINUTE = timedelta(minutes=1)
 NO_DEVICE = "there is no device: `python db.py add-device NAME` makes one"
 # A device that was not seen, or a message without a result, for longer than this is late.
 DEVICE_LATE_AFTER = timedelta(minutes=10)
+DEVICE_GONE_AFTER = timedelta(days=1)  # a device that was not seen for so long is passed over while another one lives
+DEVICE_PROBLEM = "device problem"  # a hold's code
 SHORT_HOLD = timedelta(minutes=2)  # a hold that ends within this is part of sending at the settings' pace
 # A dispatcher whose heartbeat is older than so many intervals and the grace does not run.
 MISSED_TICKS = 3
@@ -64,8 +66,10 @@ class Settings(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """What the rules look at. `sent`: newest first, those of the last day, as many as the largest limit needs.
+    """What the rules look at.
 
+    `sent`: when the messages of the last day were sent, or ended with an unknown outcome, which counts as sent; newest
+    first, as many as the largest limit needs.
     `claimed_since`: when the item was claimed that waits longest for its enqueue. `last_tick`: the heartbeat, written
     when a tick begins. `last_synced`, `last_dispatched`: when each job last did its work.
     """
@@ -81,7 +85,7 @@ class Snapshot(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A sending batch. `last_sent_at` is read only while min_gap_seconds is set."""
+    """A sending batch. `last_sent_at`, unknown outcomes included, is read only while min_gap_seconds is set."""
 
     id: str
     pending: bool
@@ -90,7 +94,10 @@ class Batch(NamedTuple):
 
 
 class Device(NamedTuple):
-    """A device and its rows in the queue: not collected, collected without a result, the oldest of both."""
+    """A device and its rows in the queue: not collected, collected without a result, the oldest of both.
+
+    `problem`: what the Mac says is wrong with it, and `problem_at` since when. `version`: its sender's.
+    """
 
     id: str
     name: str
@@ -98,6 +105,9 @@ class Device(NamedTuple):
     waiting: int
     collected: int
     oldest_at: datetime | None
+    problem: str | None = None
+    problem_at: datetime | None = None
+    version: str | None = None
 
     def is_late(self, now: datetime) -> bool:
         """Tell whether it was not seen, or kept a message without a result, for DEVICE_LATE_AFTER."""
@@ -105,6 +115,10 @@ class Device(NamedTuple):
             return False
         is_unseen = self.last_seen_at is None or now - self.last_seen_at > DEVICE_LATE_AFTER
         return is_unseen or now - self.oldest_at > DEVICE_LATE_AFTER
+
+    @property
+    def complaint(self) -> str:
+        return f"{self.name} says: {(self.problem or '').rstrip('.')}"
 
     def seen(self, now: datetime) -> str:
         return f"last seen {format_duration(now - self.last_seen_at)} ago" if self.last_seen_at else "never seen"
@@ -192,9 +206,16 @@ def read_snapshot(quinn: Any) -> Snapshot | None:
                now(),
                (SELECT count(*) FROM outreach_batch_items WHERE status = 'queued')
                + (SELECT count(*) FROM outreach_batch_items WHERE status = 'pending' AND claimed_at IS NOT NULL),
-               ARRAY(SELECT sent_at FROM outreach_batch_items
-                      WHERE status = 'sent' AND sent_at > now() - interval '1 day'
-                      ORDER BY sent_at DESC
+               ARRAY((SELECT sent_at FROM outreach_batch_items
+                       WHERE status = 'sent' AND sent_at > now() - interval '1 day'
+                       ORDER BY sent_at DESC
+                       LIMIT COALESCE(GREATEST(max_per_minute, max_per_hour, max_per_day), 0))
+                      UNION ALL
+                     (SELECT outcome_unknown_at FROM outreach_batch_items
+                       WHERE outcome_unknown_at > now() - interval '1 day'
+                       ORDER BY outcome_unknown_at DESC
+                       LIMIT COALESCE(GREATEST(max_per_minute, max_per_hour, max_per_day), 0))
+                      ORDER BY 1 DESC
                       LIMIT COALESCE(GREATEST(max_per_minute, max_per_hour, max_per_day), 0)),
                (SELECT min(claimed_at) FROM outreach_batch_items WHERE status = 'pending' AND claimed_at IS NOT NULL),
                last_tick_at, last_synced_at, last_dispatched_at
@@ -206,22 +227,32 @@ def read_snapshot(quinn: Any) -> Snapshot | None:
 
 
 def batches(quinn: Any) -> list[Batch]:
-    """Read the batches that are being sent, in the order in which they are served: least recently served first."""
+    """Read the batches that are being sent, in the order in which they are served: least recently served first.
+
+    A composed batch (one with a digest) is not sent before its owner has approved it, whatever its status.
+    """
     sql = """
+        WITH gap AS (
+            SELECT min_gap_seconds AS seconds FROM outreach_settings WHERE id = 1
+        ), unknown AS MATERIALIZED (
+            SELECT batch_id, outcome_unknown_at
+              FROM outreach_batch_items
+             WHERE outcome_unknown_at > now() - (SELECT seconds FROM gap) * interval '1 second'
+        )
         SELECT id,
                EXISTS (SELECT FROM outreach_batch_items WHERE batch_id = batch.id AND status = 'pending' OFFSET 0),
                EXISTS (SELECT FROM outreach_batch_items WHERE batch_id = batch.id AND status = 'queued' OFFSET 0)
                OR EXISTS (SELECT FROM outreach_batch_items
                            WHERE batch_id = batch.id AND status = 'pending' AND claimed_at IS NOT NULL OFFSET 0),
-               CASE WHEN gap.seconds > 0 THEN
+               CASE WHEN gap.seconds > 0 THEN GREATEST(
                    (SELECT sent_at FROM outreach_batch_items
                      WHERE batch_id = batch.id AND status = 'sent'
                      ORDER BY sent_at DESC
-                     LIMIT 1)
+                     LIMIT 1),
+                   (SELECT max(outcome_unknown_at) FROM unknown WHERE batch_id = batch.id))
                END
-          FROM outreach_batches AS batch,
-               (SELECT min_gap_seconds AS seconds FROM outreach_settings WHERE id = 1) AS gap
-         WHERE status = 'sending' AND NOT dry_run
+          FROM outreach_batches AS batch, gap
+         WHERE status = 'sending' AND NOT dry_run AND (digest IS NULL OR approved_at IS NOT NULL)
          ORDER BY last_served_at NULLS FIRST, created_at, id
     """
     return [Batch(*row) for row in db.query(quinn, sql)]
@@ -233,13 +264,21 @@ def devices(icloud: Any) -> list[Device]:
         SELECT device.id, device.name, device.last_seen_at,
                count(message.id) FILTER (WHERE message.collected_at IS NULL),
                count(message.id) FILTER (WHERE message.collected_at IS NOT NULL),
-               min(message.created_at)
+               min(message.created_at),
+               device.problem, device.problem_at, device.version
           FROM icloud.devices AS device
           LEFT JOIN icloud.send_queue AS message ON message.device_id = device.id AND message.status = 'queued'
-         GROUP BY device.id, device.name, device.last_seen_at, device.created_at
+         GROUP BY device.id, device.name, device.last_seen_at, device.problem, device.problem_at, device.version,
+                  device.created_at
          ORDER BY device.created_at, device.id
     """
     return [Device(*row) for row in db.query(icloud, sql)]
+
+
+def living(known: Sequence[Device], now: datetime) -> list[Device]:
+    """Return the devices that were seen within DEVICE_GONE_AFTER; all of them if none was."""
+    seen = [device for device in known if device.last_seen_at and now - device.last_seen_at < DEVICE_GONE_AFTER]
+    return seen or list(known)
 
 
 # --- the decision -------------------------------------------------------------------------------------
@@ -255,15 +294,20 @@ def decide(
 
     `waiting` and `known` are batches() and devices() (None: not to be had). Only status.py gives `interval`, the time
     between two ticks, because it cannot assume that the dispatcher runs. The holds in their order:
-    1. the dispatcher does not run, or one of its jobs fails (status.py only); 2. global_hold(); 3. the server is
-    unavailable (status.py only); 4. items of an earlier tick go first; 5. there is nothing to send; 6. limit_hold();
-    7. batch_gap_hold() of every batch; 8. there is no device.
+    1. the devices say that they cannot send (status.py only); 2. the dispatcher does not run, or one of its jobs fails
+    (status.py only); 3. global_hold(); 4. the server is unavailable (status.py only); 5. items of an earlier tick go
+    first; 6. there is nothing to send; 7. limit_hold(); 8. batch_gap_hold() of every batch; 9. there is no device.
     """
     hold = global_hold(snapshot)
     if snapshot is None:
         return hold
     if interval:
-        hold = heartbeat_hold(snapshot, interval) or hold or server_outage_hold(snapshot, interval)
+        hold = (
+            device_problem_hold(known or (), snapshot.now)
+            or heartbeat_hold(snapshot, interval)
+            or hold
+            or server_outage_hold(snapshot, interval)
+        )
     if hold:
         return hold
     if snapshot.claimed_since and (claimed := [batch for batch in waiting if batch.pending and batch.in_flight]):
@@ -276,6 +320,14 @@ def decide(
     if hold is None and known is not None and not known:
         return Hold("no device", message=NO_DEVICE)
     return hold or next(eligible_batches(snapshot, waiting))
+
+
+def device_problem_hold(known: Sequence[Device], now: datetime) -> Hold | None:
+    """Return the hold of devices that cannot send and say why; None while a living one has no problem."""
+    said = [device.complaint for device in living(known, now) if device.problem]
+    if not said or len(said) < len(living(known, now)):
+        return None
+    return Hold(DEVICE_PROBLEM, message="; ".join(said))
 
 
 def heartbeat_hold(snapshot: Snapshot, interval: timedelta) -> Hold | None:
@@ -309,8 +361,13 @@ def results_hold(snapshot: Snapshot, known: Sequence[Device] | None) -> Hold:
         message = f"waiting for the next tick to read the results; {flying}"
         return Hold("waiting for results", message=message, clears_itself=True)
     slowest = min(
-        holding, key=lambda device: (not device.is_late(snapshot.now), device.last_seen_at or device.oldest_at)
-    )
+        holding,
+        key=lambda device: (
+            device.problem is None, not device.is_late(snapshot.now), device.last_seen_at or device.oldest_at,
+        ),
+    )  # fmt: skip
+    if slowest.problem:
+        return Hold(DEVICE_PROBLEM, message=f"{slowest.complaint}; {flying}")
     return Hold(
         f"waiting for device name={slowest.name!r}",
         message=f"waiting for device {slowest.name!r}, {slowest.seen(snapshot.now)}; {flying}",

@@ -21,6 +21,7 @@ import pacing
 
 MAX_FAILURES = 5  # reasons that are listed
 MAX_CLOCK_DIFFERENCE = timedelta(seconds=5)  # between the hosts of the two databases
+MAX_STOPPED = 20  # batches that stopped themselves, and are listed
 
 T = TypeVar("T")
 
@@ -59,8 +60,18 @@ class BatchLine(msgspec.Struct, rename="camel"):
     finish_is_exact: bool
 
 
+class StoppedBatch(msgspec.Struct, rename="camel"):
+    """A batch that the dispatcher paused because it went wrong, and why."""
+
+    id: str
+    reason: str
+
+
 class DeviceLine(msgspec.Struct, rename="camel"):
-    """A device: messages it has not collected, messages without a result, the oldest of both."""
+    """A device: messages it has not collected, messages without a result, the oldest of both.
+
+    `problem`: what the Mac says is wrong with it, `problem_at` since when. `version`: its sender's.
+    """
 
     id: str
     name: str
@@ -68,6 +79,9 @@ class DeviceLine(msgspec.Struct, rename="camel"):
     waiting: int
     collected: int
     oldest_at: datetime | None
+    problem: str | None
+    problem_at: datetime | None
+    version: str | None
 
 
 class LimitLine(msgspec.Struct, rename="camel"):
@@ -89,7 +103,9 @@ class Report(msgspec.Struct, rename="camel"):
     last_tick_at: datetime | None
     in_flight: int | None
     batches: list[BatchLine] | None
+    stopped_batches: list[StoppedBatch] | None
     idle_batches: dict[str, int] | None
+    unknown_outcomes: int | None
     limits: list[LimitLine] | None
     devices: list[DeviceLine] | None
     failures: list[Failure] | None
@@ -98,28 +114,41 @@ class Report(msgspec.Struct, rename="camel"):
 # --- reading ------------------------------------------------------------------------------------------
 
 
+class Ended(NamedTuple):
+    """What quinn holds beside the batches that are sent.
+
+    `unknown`: how many items may have been sent, in all; `watched`: those of them that a device may still find out.
+    """
+
+    idle_batches: dict[str, int]
+    stopped: list[StoppedBatch]
+    failures: list[Failure]
+    unknown: int
+    watched: int
+
+
 class Databases(NamedTuple):
-    """What was read of both databases. `outreach` or `queue` is None where `problems` says why."""
+    """What was read of both databases. `outreach` and `ended`, or `queue`, are None where `problems` says why."""
 
     outreach: forecast.OutreachSnapshot | None
+    ended: Ended | None
     queue: forecast.QueueSnapshot | None
-    idle_batches: dict[str, int] | None
-    failures: list[Failure] | None
     problems: list[db.DatabaseProblem]
 
 
 def read_databases(batch_id: str | None = None) -> Databases:
     """Read both databases; with `batch_id`, that batch too, whatever its status."""
 
-    def read_quinn(quinn: Any) -> tuple[forecast.OutreachSnapshot, dict[str, int], list[Failure]]:
-        return forecast.read_outreach(quinn, batch_id), _read_idle_batches(quinn), _read_failures(quinn)
+    def read_quinn(quinn: Any) -> tuple[forecast.OutreachSnapshot, Ended]:
+        ended = Ended(_read_idle_batches(quinn), _read_stopped(quinn), _read_failures(quinn), *_count_unknown(quinn))
+        return forecast.read_outreach(quinn, batch_id), ended
 
     quinn, quinn_problem = read_database("quinn", read_quinn)
-    outreach, idle_batches, failures = quinn or (None, None, None)
+    outreach, ended = quinn or (None, None)
     queued_items = outreach.queued_items if outreach else []
     queue, queue_problem = read_database("icloud", lambda icloud: forecast.read_queue(icloud, queued_items))
     problems = [problem for problem in (quinn_problem, queue_problem) if problem]
-    return Databases(outreach, queue, idle_batches, failures, problems)
+    return Databases(outreach, ended, queue, problems)
 
 
 def read_database(name: db.DatabaseName, read: Callable[[Any], T]) -> tuple[T | None, db.DatabaseProblem | None]:
@@ -135,12 +164,37 @@ def read_database(name: db.DatabaseName, read: Callable[[Any], T]) -> tuple[T | 
 def _read_idle_batches(quinn: Any) -> dict[str, int]:
     """Return how many batches wait for their owner, by status."""
     sql = """
-        SELECT CASE WHEN status = 'sending' THEN 'dry run' ELSE status END, count(*)
+        SELECT CASE WHEN status = 'sending' AND dry_run THEN 'dry run'
+                    WHEN status = 'sending' THEN 'not approved' ELSE status END, count(*)
           FROM outreach_batches
-         WHERE status IN ('draft', 'paused') OR (status = 'sending' AND dry_run)
+         WHERE status IN ('draft', 'paused')
+            OR (status = 'sending' AND (dry_run OR (digest IS NOT NULL AND approved_at IS NULL)))
          GROUP BY 1
     """
     return dict(db.query(quinn, sql))
+
+
+def _read_stopped(quinn: Any) -> list[StoppedBatch]:
+    """Return the batches that the dispatcher paused, the last one first."""
+    sql = """
+        SELECT id, pause_reason
+          FROM outreach_batches
+         WHERE status = 'paused' AND pause_reason IS NOT NULL
+         ORDER BY updated_at DESC, id
+         LIMIT %(maximum)s
+    """
+    return [StoppedBatch(*row) for row in db.query(quinn, sql, {"maximum": MAX_STOPPED})]
+
+
+def _count_unknown(quinn: Any) -> tuple[int, int]:
+    """Return how many items may have been sent: all of them, and those that a device may still find out."""
+    sql = """
+        SELECT count(*), count(*) FILTER (WHERE outcome_unknown_at > now() - interval '8 days')
+          FROM outreach_batch_items
+         WHERE outcome_unknown_at IS NOT NULL AND status = 'failed'
+    """
+    [(count, watched)] = db.query(quinn, sql)
+    return count, watched
 
 
 def _read_failures(quinn: Any) -> list[Failure]:
@@ -165,11 +219,11 @@ def report(interval: timedelta) -> Report:
     snapshot = outreach.snapshot if outreach else None
     now = outreach.now if outreach else datetime.now(UTC)
     formatter = LocalTimeFormatter(now, snapshot.settings.quiet_hours_tz if snapshot else None)
-    warnings = _warnings(outreach, read.queue, now)
+    warnings = _warnings(outreach, read.ended, read.queue, now)
     verdict = summarize_outage(read.problems)
     if outreach:
-        decision = pacing.decide(snapshot, outreach.waiting, devices, interval)
-        decided = summarize(decision, outreach, interval, formatter)
+        decided, hidden = _decide(outreach, read.ended, devices, interval, formatter)
+        warnings += [summary.sentence.rstrip(".") for summary in hidden]
         if read.problems:
             warnings.append(decided.sentence.rstrip("."))
         else:
@@ -185,11 +239,36 @@ def report(interval: timedelta) -> Report:
         batches=[
             _batch_line(outreach, simulations.get(batch.id), batch, formatter) for batch in outreach.waiting
         ] if outreach else None,
-        idle_batches=read.idle_batches,
+        stopped_batches=read.ended.stopped if read.ended else None,
+        idle_batches=read.ended.idle_batches if read.ended else None,
+        unknown_outcomes=read.ended.unknown if read.ended else None,
         limits=[LimitLine(*usage) for usage in pacing.limit_usage(snapshot)] if snapshot else None,
         devices=[DeviceLine(*device) for device in devices] if devices is not None else None,
-        failures=read.failures,
+        failures=read.ended.failures if read.ended else None,
     )  # fmt: skip
+
+
+def _decide(
+    outreach: forecast.OutreachSnapshot,
+    ended: Ended | None,
+    devices: Sequence[pacing.Device] | None,
+    interval: timedelta,
+    formatter: "LocalTimeFormatter",
+) -> tuple[Summary, list[Summary]]:
+    """Return what is the case, and what else needs the operator: the word of the Mac comes before everything else, and
+    a batch that stopped itself after everything else.
+    """
+    decision = pacing.decide(outreach.snapshot, outreach.waiting, devices, interval)
+    hidden = []
+    if isinstance(decision, pacing.Hold) and decision.code == pacing.DEVICE_PROBLEM:
+        silent = [device._replace(problem=None) for device in devices or ()]
+        other = pacing.decide(outreach.snapshot, outreach.waiting, silent, interval)
+        if isinstance(other, pacing.Hold) and other.needs_operator:
+            hidden.append(summarize(other, outreach, interval, formatter))
+    stopped = [summarize_stopped(batch) for batch in (ended.stopped if ended else ())]
+    if decision is None and stopped:
+        return stopped[0], stopped[1:]
+    return summarize(decision, outreach, interval, formatter), hidden + stopped
 
 
 def _batch_line(
@@ -216,11 +295,17 @@ def _batch_line(
 
 
 def _warnings(
-    outreach: forecast.OutreachSnapshot | None, queue: forecast.QueueSnapshot | None, now: datetime
+    outreach: forecast.OutreachSnapshot | None,
+    ended: Ended | None,
+    queue: forecast.QueueSnapshot | None,
+    now: datetime,
 ) -> list[str]:
     """Return what an operator has to correct although it holds nothing now."""
     found = _clock_warnings(outreach, queue) if outreach and queue else []
     devices = queue.devices if queue else None
+    if ended and ended.watched:
+        messages = "1 message" if ended.watched == 1 else f"{ended.watched} messages"
+        found.append(f"{messages} whose outcome is unknown: look at the Mac")
     if outreach and outreach.snapshot:
         settings = outreach.snapshot.settings
         start, end, zone = settings.quiet_hours_start, settings.quiet_hours_end, settings.quiet_hours_tz
@@ -228,7 +313,10 @@ def _warnings(
             found.append(f"quiet hours are disabled: start={start!r} end={end!r} tz={zone!r}; {problem}")
     if outreach and (unreadable := "".join(outreach.predicted_outcomes.values()).count(forecast.UNREADABLE)):
         found.append(forecast.unreadable_note(unreadable))
+    has_hold = pacing.device_problem_hold(devices or (), now) is not None  # then the first line says it
     for device in devices or ():
+        if device.problem and not has_hold:
+            found.append(device.complaint)
         if device.is_late(now):
             count = device.waiting + device.collected
             messages = f"{count} message{'s' if count > 1 else ''}"
@@ -277,6 +365,7 @@ class LocalTimeFormatter:
 
 # By the beginning of a hold's code: what a person does about it.
 ADVICE = {
+    pacing.DEVICE_PROBLEM: "See what else is wrong, on that Mac: python3 mac_sender.py doctor",
     "paused": "To go on: UPDATE outreach_settings SET paused = false;",
     "dispatcher not running": "See: systemctl status outreach-dispatcher; journalctl -u outreach-dispatcher -n 30",
     "sync job fails": "See why: journalctl -u outreach-dispatcher -p err -n 30",
@@ -285,6 +374,10 @@ ADVICE = {
     "waiting for device": "Switch the device on, and see that its sender runs and has its token.",
     "limit reached": "Nothing goes while a limit is 0. For none: UPDATE outreach_settings SET … = NULL;",
 }
+RESUME = (
+    "Find out why. To go on: UPDATE outreach_batches SET status = 'sending', pause_reason = NULL, resumed_at = now() "
+    "WHERE id = '{}';"
+)
 # Where the first word is not "Held".
 BEGINNINGS = {
     "dispatcher not running": "Dispatcher not running",
@@ -327,6 +420,18 @@ def summarize(
         until=decision.until,
         needs_operator=decision.needs_operator,
         advice=advice if decision.needs_operator else None,
+    )
+
+
+def summarize_stopped(batch: StoppedBatch) -> Summary:
+    """Return a batch that stopped itself as the first line."""
+    return Summary(
+        "held",
+        f"Held: batch {batch.id[:8]}… paused itself: {batch.reason}.",
+        hold="batch stopped itself",
+        batch_id=batch.id,
+        needs_operator=True,
+        advice=RESUME.format(batch.id),
     )
 
 

@@ -119,6 +119,7 @@ def footer(seen: report.Report, formatter: report.LocalTimeFormatter) -> str:
         parts.append(f"last tick {pacing.format_duration(seen.now - seen.last_tick_at)} ago")
     if seen.in_flight is not None:
         parts.append(f"in flight {seen.in_flight}")
+    parts += [f"outcome unknown {seen.unknown_outcomes}"] if seen.unknown_outcomes else []
     parts += [f"batches in status {status}: {count}" for status, count in sorted((seen.idle_batches or {}).items())]
     return " · ".join(parts)
 

@@ -129,14 +129,9 @@ class StarlettePeer:
 
     async def result(self, request: Any) -> Any:
         report = msgspec.json.decode(await request.body(), type=product.ResultBody)
-        values = {
-            **_tokens(request),
-            "id": request.path_params["id"],
-            "status": report.status,
-            "reason": (report.error or "the device gave no reason") if report.status == "failed" else None,
-        }
+        values = {**_tokens(request), "id": request.path_params["id"], **product.result_columns(report)}
         rows = await self.fetch(self.result_sql, values)
-        if not rows or rows[0][0] is None or not (rows[0][2] or rows[0][1] == report.status):
+        if not rows or rows[0][0] is None or rows[0][2] not in ("queued", report.status):
             return self.response(status_code=409)
         logger.info("result recorded sendQueueId=%s status=%s", rows[0][0], report.status)
         return self.succeed({"id": rows[0][0], "status": report.status})
@@ -145,8 +140,8 @@ class StarlettePeer:
         if not hmac.compare_digest(_token(request), product.SERVICE_TOKEN):
             return self.response(status_code=401)
         message = msgspec.json.decode(await request.body(), type=product.EnqueueBody)
-        rows = await self.fetch(self.enqueue_sql, msgspec.structs.asdict(message))
-        if not rows or not rows[0][2]:
+        rows = await self.fetch(self.enqueue_sql, product.enqueue_columns(message))
+        if not rows or not rows[0][1]:
             return self.response(status_code=409)
         to = product.mask_handle(message.to_handle)
         logger.info("message enqueued sendQueueId=%s deviceId=%s to=%s", rows[0][0], message.device_id, to)

@@ -34,6 +34,8 @@ sd_notify = runtime.sd_notify
 set_up_logging = runtime.set_up_logging
 EnqueueBody = send_queue_server.Enqueue
 ResultBody = send_queue_server.Result
+enqueue_columns = send_queue_server.enqueue_columns
+result_columns = send_queue_server.result_columns
 
 
 def start_postgres(directory: Path) -> tuple[str, Callable[[], None]]:

@@ -107,12 +107,14 @@ def test_skip_also_works_behind_ended_items(world: TestData, mac_sync: dispatche
 def test_many_unreachable_items_do_not_block_a_batch(
     world: TestData, mac_sync: dispatcher.SendQueueClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatcher, "MAX_SKIPPED", 2)
+    monkeypatch.setattr(dispatcher, "LOOKS", (1, 2))
     world.device()
-    batch_id = world.batch(clients=[*(world.client(None) for _ in range(3)), world.client()])
-    assert tick(world, mac_sync) == {"skipped": 2, "queued": 1}
-    tick(world, mac_sync)
-    assert world.statuses(batch_id) == ["skipped", "skipped", "skipped", "queued"]
+    batch_id = world.batch(clients=[*(world.client(None) for _ in range(4)), world.client()])
+    other = world.batch(clients=1)
+    assert tick(world, mac_sync) == {"skipped": 3, "queued": 1}
+    assert world.statuses(other) == ["queued"]
+    assert tick(world, mac_sync) == {"skipped": 1, "queued": 1}
+    assert world.statuses(batch_id) == ["skipped"] * 4 + ["queued"]
 
 
 def test_unreachable_batch_gives_place_to_next(world: TestData, mac_sync: dispatcher.SendQueueClient) -> None:
@@ -176,10 +178,9 @@ def test_item_changed_during_enqueue_stays_changed(
         return queue_id
 
     monkeypatch.setattr(dispatcher.SendQueueClient, "enqueue", meanwhile)
-    tick(world, mac_sync)
+    assert tick(world, mac_sync)["withdrawn"] == 1  # its row is not wanted any more
     assert world.statuses() == ["skipped"]
     assert "item changed concurrently during enqueue" in logged_problems(caplog)[0].message
-    assert sync(world)["withdrawn"] == 1  # nobody wants its row any more
 
 
 def test_item_ended_during_rejection_stays_ended(

@@ -36,7 +36,7 @@ def test_request_matches_contract(world: TestData, mock_server: responses.Reques
     [(drafted_at,)] = world.quinn("SELECT created_at FROM outreach_batch_items")
     assert json.loads(request.body or b"") == {
         "batchItemId": item_id, "deviceId": device_id, "toHandle": HANDLE, "body": "Hello!",
-        "draftedAt": drafted_at.isoformat(),
+        "attempt": 1, "draftedAt": drafted_at.isoformat(),
     }  # fmt: skip
     assert request.headers["Authorization"] == f"Bearer {SERVICE_TOKEN}"
 

@@ -95,3 +95,23 @@ def test_dispatch_sends_e164_or_unreadable_number_unchanged(
     [record] = logged_problems(caplog)
     assert "number cannot be read, it is passed on as it is" in record.message
     assert "set DEFAULT_REGION" in record.message
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("STOP", "STOP"), ("Stop.", "STOP"), ("  stop ! ", "STOP"), ("STOP\u2026", "STOP"), ("ARRÊT!!", "ARRET"),
+        ("arre\u0302t", "ARRET"), ("Opt  out", "OPT OUT"), ("opt\u00a0out", "OPT OUT"), ("ｓｔｏｐ", "STOP"),
+        ("abmelden", "ABMELDEN"), ("Baja.", "BAJA"), ("stop\ufe0f", "STOP"), ("start", "START"), ("Unstop!", "UNSTOP"),
+        ("stop by at 5?", None), ("Reply STOP to end", None), ("Liked “Reply STOP …”", None), ("!stop", None),
+        ("stopp it", None), ("nonstop", None), ("", None), ("…", None), ("STOP STOP", None), ("s t o p", None),
+    ],
+)  # fmt: skip
+def test_a_reply_counts_when_the_whole_of_it_is_a_word(text: str, word: str | None) -> None:
+    assert handles.reply_word(text) == word
+
+
+def test_each_word_is_written_as_it_is_recognised() -> None:
+    for word in handles.STOP_WORDS | handles.START_WORDS:
+        assert handles.reply_word(f" {word.lower()}. ") == word
+    assert not handles.STOP_WORDS & handles.START_WORDS

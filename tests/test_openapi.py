@@ -18,7 +18,10 @@ import send_queue_server
 
 CONTRACT = yaml.safe_load((ROOT / "openapi.yaml").read_text())
 PENDING = "/client/imessage/send-queue/pending"
+COLLECT = "/client/imessage/send-queue/{id}/collect"
 RESULT = "/client/imessage/send-queue/{id}/result"
+DEVICE_HEALTH = "/client/imessage/health"
+OPT_OUTS = "/client/imessage/opt-outs"
 ENQUEUE = "/admin/send-queue/enqueue"
 STATUS = "/admin/send-queue/status"
 TOO_LONG = b"x" * 70_000
@@ -50,6 +53,19 @@ class Api:
     def result(self, body: object, queue_id: str | None = None, token: str | None = "mac-mini") -> requests.Response:
         return self.call("POST", RESULT.format(id=queue_id or self.queued), token, json=body)
 
+    def collect(
+        self, queue_id: str | None = None, token: str | None = "mac-mini", **fields: object
+    ) -> requests.Response:
+        body = {"collectId": str(uuid.uuid4()), "instance": "this Mac"}
+        return self.call("POST", COLLECT.format(id=queue_id or self.queued), token, json=body | fields)
+
+    def health(self, token: str | None = "mac-mini", **fields: object) -> requests.Response:
+        return self.call("POST", DEVICE_HEALTH, token, json={"problem": "no Full Disk Access"} | fields)
+
+    def opt_out(self, token: str | None = "mac-mini", **fields: object) -> requests.Response:
+        body = {"handle": "+14155550199", "word": "STOP", "receivedAt": "2026-04-22T12:00:00Z"}
+        return self.call("POST", OPT_OUTS, token, json=body | fields)
+
     def enqueue(self, token: str | None = SERVICE_TOKEN, **fields: object) -> requests.Response:
         message = {
             "batchItemId": str(uuid.uuid4()),
@@ -59,6 +75,10 @@ class Api:
         }
         return self.call("POST", ENQUEUE, token, json=message | fields)
 
+    def enqueue_to_opted_out(self) -> requests.Response:
+        self.opt_out()
+        return self.enqueue(toHandle="+1 415 555 0199")
+
     def conflict(self) -> requests.Response:
         item_id = str(uuid.uuid4())
         self.enqueue(batchItemId=item_id)
@@ -67,8 +87,26 @@ class Api:
 
 PROVOKED: dict[tuple[str, int], Callable[[Api], requests.Response]] = {
     (PENDING, 200): lambda api: api.pending(),
+    (PENDING, 400): lambda api: api.call("GET", PENDING + "?peek=1", "mac-mini"),
     (PENDING, 401): lambda api: api.pending(token=None),
     (PENDING, 405): lambda api: api.call("POST", PENDING, None),
+    (COLLECT, 200): lambda api: api.collect(),
+    (COLLECT, 400): lambda api: api.collect(collectId="1"),
+    (COLLECT, 401): lambda api: api.collect(token="wrong"),
+    (COLLECT, 404): lambda api: api.collect(queue_id="unknown"),
+    (COLLECT, 405): lambda api: api.call("GET", COLLECT.format(id=api.queued), None),
+    (COLLECT, 409): lambda api: api.collect(queue_id=api.sent),
+    (COLLECT, 413): lambda api: api.call("POST", COLLECT.format(id=api.queued), "mac-mini", data=TOO_LONG),
+    (DEVICE_HEALTH, 200): lambda api: api.health(version="1.0"),
+    (DEVICE_HEALTH, 400): lambda api: api.health(problem=""),
+    (DEVICE_HEALTH, 401): lambda api: api.health(token=SERVICE_TOKEN),
+    (DEVICE_HEALTH, 405): lambda api: api.call("GET", DEVICE_HEALTH, "mac-mini"),
+    (DEVICE_HEALTH, 413): lambda api: api.call("POST", DEVICE_HEALTH, "mac-mini", data=TOO_LONG),
+    (OPT_OUTS, 200): lambda api: api.opt_out(),
+    (OPT_OUTS, 400): lambda api: api.opt_out(word="maybe"),
+    (OPT_OUTS, 401): lambda api: api.opt_out(token=None),
+    (OPT_OUTS, 405): lambda api: api.call("GET", OPT_OUTS, "mac-mini"),
+    (OPT_OUTS, 413): lambda api: api.call("POST", OPT_OUTS, "mac-mini", data=TOO_LONG),
     (RESULT, 200): lambda api: api.result({"status": "failed", "error": None}),
     (RESULT, 400): lambda api: api.result({"status": "gone"}),
     (RESULT, 401): lambda api: api.result({"status": "sent"}, token="wrong"),
@@ -82,6 +120,7 @@ PROVOKED: dict[tuple[str, int], Callable[[Api], requests.Response]] = {
     (ENQUEUE, 405): lambda api: api.call("DELETE", ENQUEUE, None),
     (ENQUEUE, 409): lambda api: api.conflict(),
     (ENQUEUE, 413): lambda api: api.call("POST", ENQUEUE, SERVICE_TOKEN, data=TOO_LONG),
+    (ENQUEUE, 422): lambda api: api.enqueue_to_opted_out(),
     (STATUS, 200): lambda api: api.call("GET", STATUS, SERVICE_TOKEN),
     (STATUS, 401): lambda api: api.call("GET", STATUS, "mac-mini"),
     (STATUS, 405): lambda api: api.call("POST", STATUS, SERVICE_TOKEN),
@@ -90,7 +129,10 @@ PROVOKED: dict[tuple[str, int], Callable[[Api], requests.Response]] = {
 }
 ASKED: dict[str, Callable[[Api], requests.Response]] = {
     PENDING: lambda api: api.pending(),
+    COLLECT: lambda api: api.collect(),
     RESULT: lambda api: api.result({"status": "sent"}),
+    DEVICE_HEALTH: lambda api: api.health(),
+    OPT_OUTS: lambda api: api.opt_out(),
     ENQUEUE: lambda api: api.enqueue(),
     STATUS: lambda api: api.call("GET", STATUS, SERVICE_TOKEN),
     "/healthz": lambda api: api.call("GET", "/healthz", None),
@@ -104,7 +146,11 @@ def schema_of(definition: dict[str, Any]) -> dict[str, Any]:
         for name in definition["$ref"].removeprefix("#/").split("/"):
             target = target[name]
         return schema_of(target)
-    schema = {key: schema_of(value) if isinstance(value, dict) else value for key, value in definition.items()}
+    schema: dict[str, Any] = {
+        key: schema_of(value) if isinstance(value, dict) else value for key, value in definition.items()
+    }
+    if "allOf" in schema:
+        schema["allOf"] = [schema_of(each) for each in schema["allOf"]]
     return {**schema, "type": [schema["type"], "null"]} if schema.get("nullable") is True else schema
 
 
@@ -162,7 +208,7 @@ ONLY_ECMAS_SPACE = 0xFEFF
 
 
 def test_contract_and_server_accept_same_handles() -> None:
-    pattern = CONTRACT["components"]["schemas"]["Enqueue"]["properties"]["toHandle"]["pattern"]
+    pattern = CONTRACT["components"]["schemas"]["Handle"]["pattern"]
     # ECMA's $ is the very end, where Python's also stands before a last newline.
     promised = re.compile(pattern.replace(r"\s", ECMA_SPACE).removesuffix("$") + r"\Z")
     digits = ["12", "123", "1" * 15, "1" * 16, "+123", "++123", "+1 (415) 555-0123", "123 ", "123\n", "1/23", "٣٣٣"]
@@ -174,8 +220,23 @@ def test_contract_and_server_accept_same_handles() -> None:
         assert bool(promised.search(handle)) is fits, handle.encode("unicode_escape")
 
 
+def test_peek_and_collect_match_contract(world: TestData, base_url: str) -> None:
+    api = Api(base_url, world)
+    peeked = api.call("GET", PENDING + "?peek=true", "mac-mini")
+    check(peeked, PENDING, "get", 200)
+    item_message = schema_of({"$ref": "#/components/schemas/ItemMessage"})
+    [item] = peeked.json()["data"]["items"]
+    for found in (item, api.collect().json()["data"]):
+        jsonschema.validate(found, item_message, format_checker=jsonschema.FormatChecker())
+
+
+def test_contract_and_server_accept_same_words() -> None:
+    words = CONTRACT["components"]["schemas"]["OptOut"]["properties"]["word"]["enum"]
+    assert set(words) == handles.STOP_WORDS | handles.START_WORDS
+
+
 def test_contract_examples_match_their_schemas() -> None:
-    for name in ("Enqueue", "Result", "Message"):
+    for name in ("Enqueue", "Result", "Message", "Collect", "Health", "OptOut"):
         for definition in CONTRACT["components"]["schemas"][name]["properties"].values():
             if "example" in definition:
                 jsonschema.validate(definition["example"], schema_of(definition))

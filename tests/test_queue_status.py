@@ -32,7 +32,8 @@ def test_status_counts_by_device_and_hour(world: TestData, admin: ApiClient, mac
     assert data["lastHour"] == {"sent": 1, "failed": 2}
     older, mini = data["devices"]
     assert older == {
-        "id": other_id, "name": "older", "lastSeenAt": None, "waiting": 0, "collected": 0, "oldestAgeSeconds": None,
+        "id": other_id, "name": "older", "lastSeenAt": None, "problem": None, "waiting": 0, "collected": 0,
+        "oldestAgeSeconds": None,
     }  # fmt: skip
     assert (mini["id"], mini["waiting"], mini["collected"]) == (mac_id, 1, 2)
     assert 90 <= mini["oldestAgeSeconds"] < 100
@@ -67,6 +68,7 @@ def test_status_counts_waiting_collected_and_ended_rows(world: TestData, admin: 
             "id": device_id,
             "name": "mac-mini",
             "lastSeenAt": f"{seen_at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}",
+            "problem": None,
             "waiting": 2,
             "collected": 1,
             "oldestAgeSeconds": 90,

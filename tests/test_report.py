@@ -111,7 +111,7 @@ def test_clock_difference_is_a_warning(world: TestData, ahead: int, words: str |
     assert read.outreach
     assert read.queue
     queue = read.queue._replace(now=read.outreach.now + timedelta(seconds=ahead), read_at=read.outreach.read_at)
-    warnings = report._warnings(read.outreach, queue, read.outreach.now)
+    warnings = report._warnings(read.outreach, read.ended, queue, read.outreach.now)
     if words is None:
         assert warnings == []
     else:
@@ -127,7 +127,7 @@ def test_late_reading_is_no_clock_difference(world: TestData) -> None:
     assert read.queue
     later = timedelta(seconds=60)
     queue = read.queue._replace(now=read.queue.now + later, read_at=read.queue.read_at + later)
-    assert report._warnings(read.outreach, queue, read.outreach.now) == []
+    assert report._warnings(read.outreach, read.ended, queue, read.outreach.now) == []
 
 
 def test_transaction_reads_clock_first(world: TestData, monkeypatch: pytest.MonkeyPatch) -> None:

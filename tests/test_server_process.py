@@ -84,8 +84,8 @@ def test_pipelined_requests_get_responses_at_once(world: TestData, server: tuple
 def fill(world: TestData, device_id: str, count: int, size: int) -> None:
     """Insert so many messages of so many characters for the device."""
     sql = """
-        INSERT INTO icloud.send_queue (device_id, to_handle, body)
-        SELECT %(device_id)s, '+14155550123', repeat('x', %(size)s) FROM generate_series(1, %(count)s)
+        INSERT INTO icloud.send_queue (device_id, to_handle, handle_key, body)
+        SELECT %(device_id)s, '+14155550123', '+14155550123', repeat('x', %(size)s) FROM generate_series(1, %(count)s)
     """
     world.icloud(sql, device_id=device_id, count=count, size=size)
 
