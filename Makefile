@@ -22,6 +22,9 @@ faults: .venv/faults  ## kill each process at each step, fail over to a standby,
 	$(BIN)/python -m pytest -m 'faults or hypothesis' --hypothesis-seed=$(SEED) || \
 	    { echo 'replay: make faults SEED=$(SEED)'; exit 1; }
 
+mac-faults: .venv/test  ## kill the sender on the Mac, Messages and osascript at each step, in a quarter of an hour
+	$(BIN)/python -m pytest -m mac_faults -n 3
+
 SECONDS ?= 3600
 soak: .venv/faults  ## inject random faults for an hour; `make soak SEED=7 SECONDS=1` replays the round of seed 7
 	@PYTHONPATH=. $(BIN)/python tools/chaos.py --seconds $(SECONDS) --seed $(SEED)
@@ -33,6 +36,7 @@ lint: .venv/lint  ## check formatting, lints and types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy .
+	$(BIN)/vermin --quiet --no-tips --violations --target=3.9- mac/mac_sender.py
 
 # One stamp file for each set of packages. A change of the versions installs the packages again.
 .venv/%: pyproject.toml constraints.txt
@@ -40,4 +44,4 @@ lint: .venv/lint  ## check formatting, lints and types
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
-.PHONY: help demo run test faults soak bench lint
+.PHONY: help demo run test faults mac-faults soak bench lint
