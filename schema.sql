@@ -1,60 +1,72 @@
--- The send queue and the outreach dispatcher: both databases, in one file.
+-- The send queue and the outreach dispatcher: the schema of both databases.
 --
--- Two databases, which may be one and the same:
+-- There are two databases. They can be the same one:
 --
---   icloud   devices (the Macs that send), send_queue (the messages handed to them) and opt_outs.
---            Only send_queue_server.py hands rows out; the dispatcher reads results and takes
---            uncollected rows back.
---   quinn    the platform's clients, and outreach: batches, their items, the sending settings.
---            Only dispatcher.py moves items.
+--   icloud   devices (the Macs that send), send_queue (the messages for them) and opt_outs.
+--            Only send_queue_server.py gives rows to devices. The dispatcher reads results, and withdraws rows
+--            that no device has collected.
+--   quinn    the platform's clients, and outreach: batches, their items, the settings of sending.
+--            Only dispatcher.py changes the status of items.
 --
--- Apply it with `python db.py migrate`, which gives each database its part and says what changed, or
--- give one database both parts with `psql -f schema.sql`. Every statement may run again, also over
--- tables that the platform made itself: what is missing is added, what is there is left alone.
--- On databases in use, take `migrate`: it leaves out each ADD COLUMN and CREATE INDEX that has nothing
--- to do (here, each would lock its table all the same), and builds an index CONCURRENTLY. So each
--- ALTER TABLE outside a DO block adds one column, and a changed index gets a new name.
+-- Apply this file with `python db.py migrate`, which applies each part to its database and prints what it made. If one
+-- database holds both parts, `psql -f schema.sql` works too. Every statement can run again, also on tables that the
+-- platform has made: it adds only what is missing.
 --
--- Vocabulary. A *batch* holds one rendered message, an *item*, for each client. The dispatcher
--- *claims* an item, *enqueues* its message and so makes a *row* in the queue; a *device* *collects*
--- the row by polling or one by one, sends it, and reports a *result*. An item is *in flight* from its claim until its
--- result is known here. To *withdraw* a row is to take it back before any device has collected it. The *outcome* of a
--- failed row is `not_started` (the device gave it back), `unknown` (it may have been sent), or NULL (certainly not sent).
+-- If the databases are in use, use `migrate`. It omits an ADD COLUMN or CREATE INDEX whose object exists, because even
+-- then the statement would lock its table. It builds indexes CONCURRENTLY. For this, each ALTER TABLE outside a DO
+-- block adds one column, and a changed index gets a new name.
+--
+-- Vocabulary:
+--
+--   batch      one rendered message for each of its clients
+--   composed   A batch with a `digest`. It is sent only if it also has `approved_at`. A batch that was inserted by
+--              hand has neither; only its status decides.
+--   item       one of the messages of a batch
+--   claim      The dispatcher reserves an item before it enqueues it.
+--   enqueue    The dispatcher asks the server to make a row for an item.
+--   row        a message in the queue
+--   collect    A device receives the row in the response to a poll, or one by one.
+--   result     A device reports that it has sent the message, or failed.
+--   outcome    of a failed row: `not_started` (the device gave it back), `unknown` (it may have been sent), or NULL
+--              (certainly not sent)
+--   in flight  an item from its claim until the dispatcher has read its result
+--   withdraw   The dispatcher ends a row before a device has collected it.
 --
 --   a queue row:   queued --> sent                    both ends are final;
---                  queued --> failed                  withdrawn_at tells a withdrawal from a failure
+--                  queued --> failed                  withdrawn_at distinguishes a withdrawal from a failure
 --                  unknown --> sent or failed         (the device found out: the only change of a result)
 --
 --   an item:       pending --> queued --> sent
 --                     |  ^        | \---> failed       (a result, or the row is gone; the outcome may be unknown)
 --                     |  \--------/                    (withdrawn, or given back less than three times in a row)
---                     |---> skipped                    (nobody to send it to, or opted out)
+--                     |---> skipped                    (no primary handle, or opted out)
 --                     \---> failed                     (refused by the server; --retry: failed --> pending)
---                  pending --> sent or failed         (claimed; its answer was lost, and its row has ended)
+--                  pending --> sent or failed         (claimed; the response was lost, and its row has ended)
 --                  failed --> sent                    (its outcome was unknown, and the device found out)
 --
---   a batch:       draft --> sending <--> paused       set by its owner, as is `cancelled`;
---                  sending --> paused                  set by the dispatcher, with pause_reason, when too much fails
---                  sending --> sent                    set by the dispatcher, when every item has ended
+--   a batch:       draft --> sending <--> paused       set by its owner, as is `cancelled`
+--                  sending --> paused                  set by the dispatcher, with pause_reason, if too many items fail
+--                  sending --> sent                    set by the dispatcher when every item has ended
 --
--- A batch is *composed* if it has a `digest`. Such a batch is sent only if it has `approved_at`, too. A batch that was
--- inserted by hand has neither, and follows its status alone.
+-- Why items are claimed: limits count the items in flight. If the response to an enqueue is lost, the queue has a row,
+-- but the item has no send_queue_id. The item still counts, because its claim was committed before the request. The
+-- dispatcher then repeats the request; the unique batch_item_id prevents a second row.
 --
--- Why a claim. Limits count what is in flight. An enqueue whose answer was lost has made a row that no
--- item points to; the claim, committed before the request, is what still counts it. The queue's
--- unique batch_item_id is what makes repeating the request harmless.
+-- Indexes are partial: they contain only rows that can still change. So the cost of a poll, a tick or a sync depends on
+-- the work at hand, not on the length of the history.
 --
--- Indexes are partial, over what is alive: a poll, a tick and a sync cost what is in hand, not what
--- was sent last year.
+-- The planner's statistics may be a day old, or older than the first row. Therefore frequent statements are written so
+-- that only one plan is possible:
 --
--- The planner's estimates may be a day old, or from before the first row, so hot statements leave it no bad plan:
--- an EXISTS with OFFSET 0 stays a look-up and never becomes a join over all rows, and an UPDATE of known ids repeats
--- the old state as `CASE status WHEN 'pending' THEN true END`, for which no partial index can be walked in place of
--- the primary key. tests/test_plans.py counts what each statement reads.
+--   - OFFSET 0 in an EXISTS keeps it a look-up for each row. The planner cannot turn it into a join over all rows.
+--   - An UPDATE of known ids repeats the old state as `CASE status WHEN 'pending' THEN true END`. The planner cannot
+--     match this with a partial index, so it uses the primary key.
+--
+-- tests/test_plans.py counts the rows that each statement reads.
 
 -- part: icloud ---------------------------------------------------------------------------------------
 
--- Tables that were here before must have what is read from them. This comes first: if one does not, nothing is changed.
+-- If the platform's own tables lack a column that the product reads, fail now, before any change.
 DO $$
 DECLARE
     missing TEXT := (
@@ -73,9 +85,9 @@ END $$;
 
 CREATE SCHEMA IF NOT EXISTS icloud;
 
--- `token` is either the plain token or `sha256:` and the hex digest of it (what add-device stores). `instance` is the Mac
--- that collects with it; `problem` is what the Mac says is wrong with it, since `problem_at`. `opt_outs` counts those that
--- it has reported: a count of the rows would cost more with each of them, at every peek.
+-- `token` is the plain token, or `sha256:` and its hex digest, which add-device stores. `instance` is the Mac that
+-- collects with the token. `problem` is the problem that the Mac has reported, since `problem_at`. `opt_outs` is the
+-- number of opt-outs that it has reported: counting the rows at every peek would cost more with each opt-out.
 CREATE TABLE IF NOT EXISTS icloud.devices (
     id           UUID PRIMARY KEY DEFAULT gen_random_uuid(),
     name         TEXT NOT NULL,
@@ -96,11 +108,11 @@ ALTER TABLE icloud.devices ADD COLUMN IF NOT EXISTS instance TEXT;
 ALTER TABLE icloud.devices ADD COLUMN IF NOT EXISTS opt_outs INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE icloud.devices ADD COLUMN IF NOT EXISTS created_at TIMESTAMPTZ NOT NULL DEFAULT now();
 
--- `send_queue_id` is the platform's column; nothing here reads it: a row's own id is its queue id. `drafted_at` is when
--- the item was made; a row that was put in by hand has none. `handle_key` is handles.key(to_handle); the server adds it
--- where it is missing, before it hands the row out. `collect_id` is the device's id of the hand-over; a poll has none.
--- `valid_until` is -infinity after an opt-out: now() is when a transaction began, which may be before the opt-out.
--- `delivered_at` and `late_error` are what Messages learned after the result.
+-- `send_queue_id` is the platform's column. The product does not read it: the queue id of a row is its `id`.
+-- `drafted_at` is the time at which the item was made; NULL if the row was inserted by hand. `handle_key` is
+-- handles.key(to_handle); if it is missing, the server adds it before a device gets the row. `collect_id` is the device's
+-- id of the collection; NULL after a poll. `valid_until` is -infinity after an opt-out, because now() is the start of a
+-- transaction, which may be before the opt-out. `delivered_at` and `late_error` are what Messages showed after the result.
 CREATE TABLE IF NOT EXISTS icloud.send_queue (
     id             UUID PRIMARY KEY DEFAULT gen_random_uuid(),
     device_id      UUID NOT NULL REFERENCES icloud.devices (id) ON DELETE CASCADE,
@@ -166,19 +178,19 @@ CREATE TABLE IF NOT EXISTS icloud.opt_outs (
     CONSTRAINT opt_outs_end_says_by_whom CHECK ((ended_at IS NULL) = (ended_by IS NULL))
 );
 
--- A token names one device.
+-- A token identifies one device.
 CREATE UNIQUE INDEX IF NOT EXISTS devices_token ON icloud.devices (token);
 -- The idempotency key: an item has at most one row that is waiting or was sent.
 CREATE UNIQUE INDEX IF NOT EXISTS send_queue_batch_item
     ON icloud.send_queue (batch_item_id) WHERE status <> 'failed';
--- The failures of an item, for a sync that finds it claimed.
+-- The failed rows of an item, for a sync that finds the item claimed.
 CREATE INDEX IF NOT EXISTS send_queue_failed_of_item
     ON icloud.send_queue (batch_item_id) WHERE status = 'failed';
--- A device's poll, already in its order.
+-- A device's poll, in the order of the response.
 CREATE INDEX IF NOT EXISTS send_queue_waiting
     ON icloud.send_queue (device_id, created_at, id) WHERE status = 'queued';
--- What could still be withdrawn. By id, so that a poll that collects its page finds each row here at once: by
--- another column, the planner reads every device's uncollected rows for it.
+-- Rows that can be withdrawn. The column is id, because a poll collects its rows by id. With another column, the
+-- planner would read the uncollected rows of every device for each poll.
 CREATE INDEX IF NOT EXISTS send_queue_uncollected
     ON icloud.send_queue (id) WHERE status = 'queued' AND collected_at IS NULL;
 -- What an opt-out must stop.
@@ -196,7 +208,7 @@ CREATE INDEX IF NOT EXISTS opt_outs_latest ON icloud.opt_outs (created_at) WHERE
 
 -- part: quinn ----------------------------------------------------------------------------------------
 
--- Tables that were here before must have what is read from them. This comes first: if one does not, nothing is changed.
+-- If the platform's own tables lack a column that the product reads, fail now, before any change.
 DO $$
 DECLARE
     missing TEXT := (
@@ -218,7 +230,7 @@ BEGIN
     END IF;
 END $$;
 
--- Stand-ins for the platform's own tables, with just the columns that are read.
+-- Stand-ins for the platform's own tables, with only the columns that the product reads.
 CREATE TABLE IF NOT EXISTS clients (
     id   UUID PRIMARY KEY DEFAULT gen_random_uuid(),
     name TEXT NOT NULL
@@ -229,9 +241,9 @@ CREATE TABLE IF NOT EXISTS contact_relationships (
     is_primary BOOLEAN NOT NULL DEFAULT false
 );
 
--- `last_served_at` is the batch's place in the turns: the batch that waited longest goes first. `digest` is of what was
--- previewed, and `approved_at` when its owner approved that. `pause_reason` says why the dispatcher paused the batch;
--- what came before `resumed_at` is no reason any more.
+-- `last_served_at` decides the round-robin order: the dispatcher serves the batch with the oldest value first. `digest`
+-- identifies the previewed content; `approved_at` is when its owner approved it. `pause_reason` says why the dispatcher
+-- paused the batch. Failures before `resumed_at` no longer count.
 CREATE TABLE IF NOT EXISTS outreach_batches (
     id             UUID PRIMARY KEY DEFAULT gen_random_uuid(),
     status         TEXT NOT NULL DEFAULT 'draft',
@@ -257,10 +269,10 @@ ALTER TABLE outreach_batches ADD COLUMN IF NOT EXISTS approved_at TIMESTAMPTZ;
 ALTER TABLE outreach_batches ADD COLUMN IF NOT EXISTS pause_reason TEXT;
 ALTER TABLE outreach_batches ADD COLUMN IF NOT EXISTS resumed_at TIMESTAMPTZ;
 
--- No foreign key to clients: that table is the platform's, and so are its deletions. An item whose
--- client is gone has no handle and is skipped. `claimed_at` has a meaning only while `pending`. `attempt` is one more for
--- each retry. `outcome_unknown_at` is when an attempt ended that may have been sent: it counts against the limits as sent.
--- While the item is `failed`, it is that attempt whose outcome is unknown. `handle_key` is whom the owner approved.
+-- No foreign key to clients, because the platform may delete its clients. An item of a deleted client has no handle, so
+-- it is skipped. `claimed_at` has a meaning only while the item is `pending`. Each retry adds 1 to `attempt`.
+-- `outcome_unknown_at` is when an attempt ended that may have been sent; it counts against the limits as sent. While the
+-- item is `failed`, the last attempt has the unknown outcome. `handle_key` is the recipient that the owner approved.
 CREATE TABLE IF NOT EXISTS outreach_batch_items (
     id                 UUID PRIMARY KEY DEFAULT gen_random_uuid(),
     batch_id           UUID NOT NULL REFERENCES outreach_batches (id) ON DELETE CASCADE,
@@ -290,11 +302,11 @@ ALTER TABLE outreach_batch_items ADD COLUMN IF NOT EXISTS attempt INTEGER NOT NU
 ALTER TABLE outreach_batch_items ADD COLUMN IF NOT EXISTS outcome_unknown_at TIMESTAMPTZ;
 ALTER TABLE outreach_batch_items ADD COLUMN IF NOT EXISTS handle_key TEXT;
 
--- One row. A NULL limit means none. Quiet hours are HH:MM, both or neither, in `quiet_hours_tz`
--- (an IANA name; NULL: the dispatcher host's local time). The same start and end mean none. They carry
--- no CHECK: a value that cannot be read disables them with a warning in the log. `stop_after_failures` failed results of
--- devices in a row pause a composed batch; NULL or 0: none do. The dispatcher writes the last three: when a tick began,
--- and when each job last did its work.
+-- One row. A limit of NULL means no limit. Quiet hours are HH:MM, both or neither, in `quiet_hours_tz` (an IANA name;
+-- NULL: the local time of the dispatcher's host). If start and end are the same, there are no quiet hours. They have no
+-- CHECK: an invalid value disables them, and the dispatcher logs a warning. `stop_after_failures` failed results of
+-- devices in a row pause a composed batch; NULL or 0 disables this. The dispatcher writes the last three columns: when
+-- each job last succeeded, and when the last tick began.
 CREATE TABLE IF NOT EXISTS outreach_settings (
     id                  INTEGER PRIMARY KEY DEFAULT 1,
     paused              BOOLEAN NOT NULL DEFAULT false,
@@ -322,7 +334,7 @@ ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS last_dispatched_at TIMEST
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS last_synced_at TIMESTAMPTZ;
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS last_tick_at TIMESTAMPTZ;
 
--- Where the platform keys its clients by another type than UUID, the (still empty) tables made above follow it.
+-- If the platform's clients.id is not a UUID, give `client_id` the same type in the tables made above. They are empty.
 DO $$
 DECLARE
     key_type TEXT := (SELECT format_type(atttypid, atttypmod) FROM pg_attribute
@@ -338,43 +350,43 @@ BEGIN
     END LOOP;
 END $$;
 
--- A client's handle, and all of them, of which none may have opted out; and the turns of the batches.
+-- A client's primary handle; all handles of a client, because one of them may have opted out; the round-robin order.
 CREATE INDEX IF NOT EXISTS contact_relationships_primary
     ON contact_relationships (client_id) WHERE is_primary;
 CREATE INDEX IF NOT EXISTS contact_relationships_of_client ON contact_relationships (client_id);
 CREATE INDEX IF NOT EXISTS outreach_batches_sending
     ON outreach_batches (last_served_at NULLS FIRST, created_at, id) WHERE status = 'sending';
--- A batch's next item; an EXISTS over it also tells that a batch has items left.
+-- A batch's next item, and the EXISTS that checks whether a batch has pending items.
 CREATE INDEX IF NOT EXISTS outreach_batch_items_pending
     ON outreach_batch_items (batch_id, created_at, id) WHERE status = 'pending';
--- What is in flight: the sync job's work list, and a share of every limit.
+-- The items in flight: the sync job reads their results, and they count against every limit.
 CREATE INDEX IF NOT EXISTS outreach_batch_items_queued
     ON outreach_batch_items (batch_id) WHERE status = 'queued';
 CREATE INDEX IF NOT EXISTS outreach_batch_items_claimed
     ON outreach_batch_items (batch_id) WHERE status = 'pending' AND claimed_at IS NOT NULL;
--- Usage of the limits, newest first; a batch's newest send, for the gap; a client's, for its device.
+-- The usage of the limits, newest send first. A batch's newest send, for the gap. A client's last device.
 CREATE INDEX IF NOT EXISTS outreach_batch_items_sent
     ON outreach_batch_items (sent_at) WHERE status = 'sent';
 CREATE INDEX IF NOT EXISTS outreach_batch_items_sent_of_batch
     ON outreach_batch_items (batch_id, sent_at) WHERE status = 'sent';
 CREATE INDEX IF NOT EXISTS outreach_batch_items_sent_to_client
     ON outreach_batch_items (client_id, sent_at) WHERE status = 'sent' AND device_id IS NOT NULL;
--- What may have been sent, for the limits, and for a sync that asks whether the device found out.
+-- Items that may have been sent: for the limits, and for a sync that asks whether the device found out.
 CREATE INDEX IF NOT EXISTS outreach_batch_items_unknown
     ON outreach_batch_items (outcome_unknown_at) WHERE outcome_unknown_at IS NOT NULL;
--- The last failures, for status.py; a batch's newest ones, for the rule that stops it.
+-- The latest failures, for status.py; a batch's latest failures, for the rule that pauses it.
 CREATE INDEX IF NOT EXISTS outreach_batch_items_failed
     ON outreach_batch_items (updated_at) WHERE status = 'failed';
 CREATE INDEX IF NOT EXISTS outreach_batch_items_failed_of_batch
     ON outreach_batch_items (batch_id, queued_at) WHERE status = 'failed' AND device_id IS NOT NULL;
--- The batches that wrote to somebody who has opted out.
+-- The batches that sent to a handle that has opted out.
 CREATE INDEX IF NOT EXISTS outreach_batch_items_sent_to_handle
     ON outreach_batch_items (handle_key) WHERE status = 'sent' AND handle_key IS NOT NULL;
--- All of a batch, for its counts and for a cascading delete.
+-- All items of a batch, for its counts and for a cascading delete.
 CREATE INDEX IF NOT EXISTS outreach_batch_items_of_batch ON outreach_batch_items (batch_id);
 
--- Careful values for a first day: at most two a minute, none at night.
--- Not ON CONFLICT: a platform's own table may have a column that this row would leave NULL against its will.
+-- Low limits for the first day: at most two sends a minute, and none at night. NOT EXISTS instead of ON CONFLICT: the
+-- platform's own table may have a NOT NULL column without a default, which would fail before the conflict is checked.
 INSERT INTO outreach_settings
     (id, paused, quiet_hours_start, quiet_hours_end, max_per_minute, max_per_hour, max_per_day, min_gap_seconds)
 SELECT 1, false, '21:00', '08:00', 2, 30, 150, 30

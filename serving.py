@@ -1,6 +1,6 @@
-"""What every HTTP server of ours shares: how waitress runs and ends, bearer tokens, bodies, errors as JSON.
+"""Run an HTTP server on waitress, and check bearer tokens, decode bodies and respond to errors in JSON.
 
-Imported by the servers; touches no table. Example:
+Imported by each server script; touches no table. Example:
 
     app = serving.make_app("QUINN_DB_URL")
     sys.exit(serving.serve("outreach-server", app, [serving.listen("127.0.0.1", 3030)], threads=4))
@@ -35,25 +35,25 @@ import db
 import runtime
 
 BODY_LIMIT = 64 * 1024  # bytes
-# A body up to here is read to its end before it is refused. A connection that is closed over unread bytes is reset,
-# and the client would see the reset in place of the 413.
+# The server reads a body of up to this size completely before it responds 413. If it closed the connection earlier, the
+# kernel would reset it, and the client would see the reset instead of the 413.
 READ_LIMIT = 1024 * 1024  # bytes
-HEADER_LIMIT = 16 * 1024  # bytes; a bearer token and a proxy's additions fit many times over
-THREADS = 4  # one client's statement that waits for a lock leaves three for the others
+HEADER_LIMIT = 16 * 1024  # bytes; many times a bearer token and the headers that a proxy adds
+THREADS = 4  # if one client's statement waits for a lock, three threads remain for the others
 CONNECTION_LIMIT = 1000  # sockets; new connections above it wait in the listening socket
-FILES_PER_CONNECTION = 3  # its socket, a body in a file, and as much again for large responses and all else
-# Below so many bytes, waitress' main thread sends a response, and not the thread that made it. With waitress' default
-# of 1 that thread sends head and body one by one, and waits for the interpreter's lock after each: 64 connections get
-# 0.4 times as many polls answered.
+FILES_PER_CONNECTION = 3  # descriptors: the socket, a body in a file, a large response in a file
+# If a response has fewer bytes, waitress' main thread sends it, not the worker thread. With waitress' default of 1, the
+# worker sends head and body separately and waits for the GIL after each. Then 64 connections get 0.4 times as many
+# responses per second.
 SEND_BYTES = 18_000
-MAX_UNSENT_BYTES = 1024 * 1024  # of responses to requests that a client sent at once; its further ones are dropped
-CLIENT_TIMEOUT = 20  # seconds for a request to come whole, for the next one to begin, and for a response to be read
-CLIENT_TIMEOUT_WHEN_FULL = 2  # seconds; at the connection limit, where slow clients would keep the others out
-CHECK_INTERVAL = 1  # seconds between two checks of these
-WARNING_INTERVAL = 60  # seconds between two log lines that say that the connection limit is reached
-SHUTDOWN_TIMEOUT = 8  # seconds for the requests in hand, of the ten that systemd's stop should take at most
-SHUTDOWN_SILENCE = 1  # seconds in which a busy client sends its next request, and is told to connect again
-RETRY_AFTER = "5"  # seconds; how long a client is asked to wait for a database that is away
+MAX_UNSENT_BYTES = 1024 * 1024  # of pipelined responses; above it, the server ignores the client's further requests
+CLIENT_TIMEOUT = 20  # seconds to send a whole request, to begin the next request, and to read a response
+CLIENT_TIMEOUT_WHEN_FULL = 2  # seconds; at the connection limit, slow clients would block the others
+CHECK_INTERVAL = 1  # seconds between two checks of the client time-outs
+WARNING_INTERVAL = 60  # seconds between two "connection limit reached" log lines
+SHUTDOWN_TIMEOUT = 8  # seconds for running requests; the whole shutdown should take at most 10
+SHUTDOWN_SILENCE = 1  # seconds; a busy client sends a request within them, and gets `Connection: close`
+RETRY_AFTER = "5"  # seconds; the Retry-After header while the database is unavailable
 
 BEARER = re.compile(r"Bearer +([!-~]+) *", re.IGNORECASE)
 
@@ -62,14 +62,15 @@ Data = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 
-# --- waitress: overrides, a loop, and the end -------------------------------------------------------------------------
+# --- waitress: overrides, the loop, shutdown -------------------------------------------------------------------------
 
 
 class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitress has no type hints
-    """Note when a request began, and fill two gaps; can go when waitress limits a request's time and has neither gap.
+    """Record when a request began, and work around two bugs of waitress.
 
-    waitress closes the connection without a response to a URI that urlsplit() refuses, such as `http://[`. And it
-    waits for the body of a request that has none, but asks for `100 Continue`.
+    1. If urlsplit() refuses the URI, such as `http://[`, waitress closes the connection without a response.
+    2. If a request without a body asks for `100 Continue`, waitress waits for its body.
+    Remove this class when waitress limits the time of a request and has fixed both.
     """
 
     def __init__(self, adj: Any) -> None:
@@ -87,24 +88,25 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitre
 
 
 class Task(waitress.task.WSGITask):  # type: ignore[misc]  # waitress has no type hints
-    """Say `Connection: close` when the server stops, so that the client connects to the next process.
+    """Send `Connection: close` when the server stops; the client then connects to another process.
 
-    Also to a client that sends requests and reads no responses: they would fill the memory. Can go when waitress ends
-    gracefully, and limits what it keeps without holding a thread.
+    Send it also to a client that sends requests and reads no responses: the unsent responses would fill the memory.
+    Remove this class when waitress shuts down gracefully, and limits unsent responses without blocking a thread.
     """
 
     def build_response_header(self) -> bytes:
         channel = self.channel
-        channel.last_activity = time.time()  # from here on its client has CLIENT_TIMEOUT to read the response
+        channel.last_activity = time.time()  # CLIENT_TIMEOUT for reading the response starts here
         if not channel.server.accepting or channel.total_outbufs_len > MAX_UNSENT_BYTES:
             self.request.headers["CONNECTION"] = "close"
         return bytes(super().build_response_header())
 
 
 class ErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]  # waitress has no type hints
-    """Respond in JSON to what is not HTTP, and with 400 to an odd encoding; can go when waitress has a setting for it.
+    """Respond in JSON to a malformed request, and with 400 to an unknown transfer encoding.
 
-    waitress responds in plain text, and with 501 to an encoding.
+    waitress responds in plain text, and with 501 to an unknown encoding. Remove this class when waitress has a setting
+    for both.
     """
 
     def execute(self) -> None:
@@ -125,37 +127,39 @@ class ErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]  # waitress has 
 
 
 class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # waitress has no type hints
+    """Use the classes above, and work around two busy loops of waitress."""
+
     parser_class = Parser
     task_class = Task
     error_task_class = ErrorTask
 
     def handle_write(self) -> None:
-        """Send also a short response while a request that came with it runs.
+        """Send a short response also while the client's next, pipelined request runs.
 
-        waitress holds it back, but asks poll() whether it could be sent: yes, at once, again and again. Can go when
-        its writable() agrees with its handle_write().
+        waitress keeps the response back, although its writable() reports it as ready: poll() then returns at once, in
+        a busy loop. Remove this method when writable() and handle_write() of waitress agree.
         """
         if self.requests:
             self._flush_exception(self._flush_some_if_lockable)
         super().handle_write()
 
     def handle_expt(self) -> None:
-        """Close a connection that has a byte of urgent data. poll() would report it again and again.
+        """Close a connection that has urgent data: poll() would report it in a busy loop.
 
-        Can go when waitress reads it, or closes the connection itself.
+        Remove this method when waitress reads urgent data, or closes the connection itself.
         """
         self.handle_close()
 
 
 class Server:
-    """waitress on listening sockets: one thread reads and sends, `threads` others run whole requests.
+    """Run waitress on listening sockets: one thread reads and sends, `threads` others run complete requests.
 
-    So a slow client holds a socket and never a thread.
+    So a slow client occupies a socket, but no thread.
     """
 
     def __init__(self, app: bottle.Bottle, sockets: Sequence[socket.socket], threads: int) -> None:
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        # poll() reports a new connection again and again as long as there is no descriptor to accept it with.
+        # If no descriptor is left for accept(), poll() reports the new connection in a busy loop.
         self.connection_limit = min(CONNECTION_LIMIT, descriptors // FILES_PER_CONNECTION)
         self.map: dict[int, Any] = {}  # waitress' sockets, by descriptor
         waitress.create_server(
@@ -165,7 +169,7 @@ class Server:
             threads=threads,
             max_request_body_size=READ_LIMIT,
             max_request_header_size=HEADER_LIMIT,
-            inbuf_overflow=BODY_LIMIT,  # a longer body waits in a file for its 413
+            inbuf_overflow=BODY_LIMIT,  # a longer body goes to a file until the response, 413
             connection_limit=self.connection_limit,
             send_bytes=SEND_BYTES,
             ident=None,
@@ -174,7 +178,7 @@ class Server:
         for server in self.servers:
             server.channel_class = Channel
         self.stopping = False
-        self.next_warning = 0.0  # as time.monotonic() has it
+        self.next_warning = 0.0  # time.monotonic()
 
     def run(self) -> None:
         """Serve until stop() is called, or until waitress closes a listening socket, as it does after an error."""
@@ -186,14 +190,14 @@ class Server:
                 self._close_late()
 
     def stop(self) -> None:
-        """Let run() return; from a signal handler or another thread."""
+        """Make run() return. Call this from a signal handler or another thread."""
         self.stopping = True
         self.servers[0].pull_trigger()
 
     def drain(self) -> None:
-        """Accept no more, finish the requests in hand, and close each connection that then stays silent.
+        """Accept no connection, finish the running requests, and close each connection that stays idle after them.
 
-        Where systemd holds the listening socket, new connections wait there for the next process.
+        If systemd owns the listening socket, new connections wait in it for the next process.
         """
         for server in self.servers:
             waitress.wasyncore.dispatcher.close(server)  # the listening socket only
@@ -206,22 +210,22 @@ class Server:
                     channel.handle_close()
 
     def close(self) -> None:
-        """End the threads and close all sockets; for a server that its process outlives."""
+        """End the threads and close all sockets. Call this if the process continues after the server has stopped."""
         self.servers[0].task_dispatcher.shutdown()
         waitress.wasyncore.close_all(self.map)
 
     def _turn(self, timeout: float) -> None:
-        """Wait for clients, `timeout` seconds at most, and read and send what they are ready for."""
-        # poll(), since select() fails beyond 1,024 descriptors
+        """Wait at most `timeout` seconds for sockets that are ready; read and write them."""
+        # poll(), because select() fails above 1,024 descriptors
         waitress.wasyncore.loop(timeout=timeout, use_poll=True, map=self.map, count=1)
 
     def _channels(self) -> list[Channel]:
         return [channel for server in self.servers for channel in server.active_channels.values()]
 
     def _close_late(self) -> None:
-        """Close each connection that is late with the rest of its request, its next request, or reading its response.
+        """Close each connection whose client is late: with a whole request, with its next request, or in reading.
 
-        waitress' own check knows neither the first nor the last.
+        waitress' own check covers only the next request.
         """
         full = len(self.map) >= self.connection_limit
         timeout = CLIENT_TIMEOUT_WHEN_FULL if full else CLIENT_TIMEOUT
@@ -253,16 +257,16 @@ def serve(name: str, app: bottle.Bottle, sockets: Sequence[socket.socket], threa
     runtime.sd_notify("READY=1")
     server.run()
     if not server.stopping:
-        logger.critical("%s lost a listening socket, and stops to be started again", name)
+        logger.critical("%s lost a listening socket; it stops, for systemd to restart it", name)
     runtime.sd_notify("STOPPING=1")
-    logger.info("%s stopping, once the requests in hand have their responses", name)
+    logger.info("%s stopping after the running requests", name)
     server.drain()
     logger.info("%s stopped", name)
     return 0 if server.stopping else 1
 
 
 def _filter_waitress(record: logging.LogRecord) -> bool:
-    """Drop the text of an exception, which may quote a message, and what Server logs once in WARNING_INTERVAL."""
+    """Remove the text of an exception, which may quote a message. Drop the lines that Server logs less often itself."""
     if record.exc_info and record.exc_info[1]:
         error = record.exc_info[1]
         record.msg = f"{record.getMessage()} error={type(error).__name__}\n{_frames(error)}"
@@ -271,27 +275,27 @@ def _filter_waitress(record: logging.LogRecord) -> bool:
 
 
 def _frames(error: BaseException) -> str:
-    """Return where it was raised, a line each."""
+    """Return the stack of an exception without its text."""
     return "".join(traceback.format_tb(error.__traceback__))
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens there. Raises OSError."""
+    """Return a socket that listens on `host` and `port`. Raises OSError."""
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     return socket.create_server(address[:2], family=family)
 
 
 def systemd_sockets() -> list[socket.socket]:
-    """Return the listening sockets that systemd passes on, as sd_listen_fds(3) describes it; [] without any.
+    """Return the listening sockets that systemd passes to this process (sd_listen_fds(3)); [] if there are none.
 
-    So several processes can serve one port, and a restart refuses no connection.
+    With them, several processes can serve one port, and a restart refuses no connection.
     """
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []
     sockets = [socket.socket(fileno=3 + number) for number in range(int(os.environ["LISTEN_FDS"]))]
     for listening in sockets:
-        # The processes share this flag. Python takes the socket for a blocking one, and dup() would make it that for
-        # a moment, in which the others' accept() could wait for a connection that has gone to somebody else.
+        # All processes share this flag. Python assumes a blocking socket, and its dup() would clear the flag for a
+        # moment. Then another process could block in accept() after a third one has taken the connection.
         listening.setblocking(False)
     return sockets
 
@@ -300,31 +304,31 @@ def systemd_sockets() -> list[socket.socket]:
 
 
 def make_app(url_variable: str) -> bottle.Bottle:
-    """Make an application whose endpoints return data, and whose every response is JSON.
+    """Make an application whose endpoints return data, and whose responses are all JSON.
 
-    `url_variable`: the setting that the log names when the database is away.
+    `url_variable`: the setting that the log names if the database is unavailable.
     """
     app = bottle.Bottle()
-    app.catchall = False  # bottle would log an exception's text; waitress' log goes through _filter_waitress()
+    app.catchall = False  # bottle would log an exception's text; _filter_waitress() removes it from waitress' log
     app.install(functools.partial(_handle_errors, url_variable=url_variable))
     app.default_error_handler = _json_error
     return app
 
 
 def bearer_token() -> str:
-    """Return the request's bearer token, "" when there is none or it is malformed."""
+    """Return the request's bearer token; "" if it is missing or malformed."""
     match = BEARER.fullmatch(request.environ.get("HTTP_AUTHORIZATION", ""))
     return match[1] if match else ""
 
 
 def require_token(expected: str) -> None:
-    """Refuse a request whose bearer token is not the `expected` one."""
+    """Abort with 401 if the request's bearer token is not `expected`."""
     if not hmac.compare_digest(bearer_token().encode(), expected.encode()):
         abort_unauthorized()
 
 
 def read_body() -> bytes:
-    """Return the request's body; a 413 if it is larger than BODY_LIMIT."""
+    """Return the request's body. Abort with 413 if it is larger than BODY_LIMIT."""
     length = max(request.content_length, 0)
     if length > BODY_LIMIT:
         abort(413, f"the body is larger than {BODY_LIMIT} bytes")
@@ -332,9 +336,9 @@ def read_body() -> bytes:
 
 
 def decode_body(body: bytes | str, kind: type[T]) -> T:
-    """Decode `body` as a `kind`; a 400 that names the field otherwise.
+    """Decode `body` as a `kind`. Abort with 400 if that fails, and name the field.
 
-    The standard library parses, since it passes a lone surrogate on: the field that has one can be named.
+    The JSON parser is the standard library's, because it accepts a lone surrogate: a later check can name the field.
     """
     try:
         return msgspec.convert(json.loads(body), kind)
@@ -345,7 +349,7 @@ def decode_body(body: bytes | str, kind: type[T]) -> T:
 
 
 def abort(status: int, sentence: str, data: Data | None = None, **headers: str) -> NoReturn:
-    """Respond with an error: a sentence that says what to do, and what a program has to know of it in `data`."""
+    """Respond with an error: a sentence for a person, and in `data` the facts that a program needs."""
     raise bottle.HTTPResponse(_error(sentence, data), status, Content_Type="application/json", **headers)
 
 
@@ -359,23 +363,23 @@ def _error(sentence: str, data: Data | None = None) -> bytes:
 
 
 def _handle_errors(endpoint: Callable[..., Data], url_variable: str) -> Callable[..., bytes]:
-    """Wrap an endpoint: its data as JSON, and what it raises as an error's response and a log line.
+    """Wrap an endpoint: respond with its data as JSON; log an exception and respond with an error.
 
-    Of an error only its kind is logged: PostgreSQL's texts quote the values of the statement.
+    The log gets only the kind of an exception, because PostgreSQL's texts quote the values of the statement.
     """
 
     def handle(**arguments: str) -> bytes:
         try:
-            if request.method == "HEAD":  # bottle would run the GET for it, and throw its data away
+            if request.method == "HEAD":  # bottle would run the GET endpoint and discard its data
                 abort(405, "HEAD is not allowed here", Allow="GET")
             data = endpoint(**arguments)
         except bottle.HTTPResponse as refusal:
             level = logging.WARNING if refusal.status_code in (401, 409) else logging.INFO
-            hint = "; compare its token with those that this server knows" if refusal.status_code == 401 else ""
+            hint = "; compare its token with the tokens that this server knows" if refusal.status_code == 401 else ""
             logger.log(level, "request refused status=%d request=%r%s", refusal.status_code, _where(), hint)
             raise
         except db.DatabaseUnavailable as error:
-            hint = f"; see that PostgreSQL runs, and {url_variable}"
+            hint = f"; check that PostgreSQL runs, and check {url_variable}"
             logger.error("database unavailable sqlstate=%r request=%r%s", str(error), _where(), hint)
             abort(503, "the database cannot be reached; try again soon", Retry_After=RETRY_AFTER)
         except psycopg2.Error as error:
@@ -390,27 +394,27 @@ def _handle_errors(endpoint: Callable[..., Data], url_variable: str) -> Callable
 
 
 def _abort_statement(error: psycopg2.Error) -> NoReturn:
-    """Respond to a statement that failed: 503 where the schema or its rights do not fit the server, else 500."""
+    """Respond to a failed statement: 503 if tables, columns or privileges are missing, else 500."""
     kind, code = f"{type(error).__name__} {error.pgcode}", error.pgcode or ""
     hint = "; run `python db.py migrate`" if code.startswith("42") else ""
     hint = "; GRANT the tables' owner to this role" if code == "42501" else hint
     logger.error("statement failed error=%r request=%r%s", kind, _where(), hint)
     if hint:
-        # It is no judgement of the request: the same one will do once the operator has been there.
+        # 503, not 500: the request is valid, and succeeds after the operator has fixed the database.
         abort(503, "the database is not ready for this server; its log says what to do", Retry_After=RETRY_AFTER)
     abort(500, "the database refused the statement; the server's log names the error")
 
 
 def _where() -> str:
-    """Return the request as a log may show it: its own path may have anything in it."""
+    """Return the method and the route for the log. The path itself may contain anything."""
     return f"{request.method} {request.environ['bottle.route'].rule}"
 
 
 def _json_error(error: bottle.HTTPError) -> bytes:
-    """Respond to bottle's own errors: no such path, another method. Its headers are in `response` already."""
+    """Return the body for bottle's own errors, 404 and 405. bottle has already set the headers of `response`."""
     response.content_type = "application/json"
     if error.status_code == 405:
-        # bottle lists the HEAD that _handle_errors() refuses.
+        # bottle lists HEAD, but _handle_errors() refuses it.
         response.set_header("Allow", error.get_header("Allow").replace(",HEAD", ""))
     sentences = {404: "there is nothing at this path", 405: "this method is not allowed here"}
     return _error(sentences.get(error.status_code, str(error.body)))

@@ -1,7 +1,7 @@
-"""Show why nothing is sending: the verdict first, then each batch with its finish, each device, the limits.
+"""Show why nothing is being sent: a summary, then the batches with their finish, the limits and the devices.
 
-Run by an operator, or by a monitor (--json). Needs only the two databases' URLs, and says so when one is unavailable.
-What it shows comes from report.py and forecast.py; it writes nothing. Example:
+Run by an operator, or by a monitor (--json). Needs only the URLs of the two databases; reports a database that is
+unavailable. Formats the data of report.py and forecast.py; writes nothing. Example:
 
     python status.py --watch
 """
@@ -25,10 +25,10 @@ import pacing
 import report
 import runtime
 
-WATCH_PAUSE = 2  # seconds between two looks of --watch
-MAX_ROWS = 20  # batches, devices: what fits a screen; --json has all
-PLAIN_WIDTH = 1000  # columns, where the output is no terminal: nothing is to be cut or wrapped
-WIDE = 118  # columns from which a batch's whole id fits
+WATCH_PAUSE = 2  # seconds between two updates of --watch
+MAX_ROWS = 20  # batches, and devices, that fit on a screen; --json has all
+PLAIN_WIDTH = 1000  # columns, if the output is not a terminal: wide enough to cut and wrap no line
+WIDE = 118  # columns; a batch's whole id fits
 NUMBERS = {"pending", "queued", "sent", "failed", "skipped", "used", "of", "waiting", "collected", "times", "done"}
 
 
@@ -36,7 +36,7 @@ NUMBERS = {"pending", "queued", "sent", "failed", "skipped", "used", "of", "wait
 
 
 def screen(seen: report.Report, console: Console) -> RenderableType:
-    """Lay the report out for a terminal, or in plain lines where the output is none."""
+    """Format the report for a terminal, or in plain lines if the output is not a terminal."""
     formatter = report.LocalTimeFormatter(seen.now, seen.zone)
     verdict = seen.verdict
     colour = "red" if verdict.needs_operator else "yellow" if verdict.state == "held" else "green"
@@ -50,12 +50,12 @@ def screen(seen: report.Report, console: Console) -> RenderableType:
 
 
 def printable(text: str) -> str:
-    """Return `text` without what would move a terminal's cursor: reasons and names come from outside."""
+    """Replace control characters: a failure reason or a name could otherwise move the terminal's cursor."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def table(*columns: str, title: str) -> Table:
-    """Return an empty table: its first column is aligned left, numbers right."""
+    """Return an empty table: numbers are aligned right, other columns left."""
     made = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0), show_edge=False)
     made.add_column(title, no_wrap=True, header_style="bold")
     for column in columns:
@@ -113,7 +113,7 @@ def failures_table(seen: report.Report, formatter: report.LocalTimeFormatter) ->
 
 
 def footer(seen: report.Report, formatter: report.LocalTimeFormatter) -> str:
-    """Return the time, the last tick, and the batches that wait for their owner."""
+    """Return the time, the last tick, the items in flight, and the number of batches in each idle status."""
     parts = [f"{seen.now.astimezone(formatter.zone):%H:%M:%S} {formatter.name}"]
     if seen.last_tick_at:
         parts.append(f"last tick {pacing.format_duration(seen.now - seen.last_tick_at)} ago")
@@ -128,7 +128,7 @@ def footer(seen: report.Report, formatter: report.LocalTimeFormatter) -> str:
 
 
 def forecast_screen(found: forecast.BatchForecast, formatter: report.LocalTimeFormatter) -> RenderableType:
-    """Lay the forecast of one batch out in plain words."""
+    """Format the forecast of one batch."""
     about = "" if found.is_exact else "about "
     made = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     made.add_row("would be sent", f"{found.would_send}")
@@ -150,7 +150,7 @@ def forecast_screen(found: forecast.BatchForecast, formatter: report.LocalTimeFo
 
 
 def show(console: Console, interval: timedelta, as_json: bool) -> int:
-    """Read and show once; return 1 when something needs the operator."""
+    """Show the report once; return 1 if something needs the operator."""
     seen = report.report(interval)
     if as_json:
         sys.stdout.write(msgspec.json.encode(seen).decode() + "\n")
@@ -164,7 +164,7 @@ def exit_status(seen: report.Report) -> int:
 
 
 def watch(console: Console, interval: timedelta) -> int:
-    """Read and show every two seconds until Ctrl-C; return the last look's exit status."""
+    """Show the report every two seconds until Ctrl-C; return the exit status of the last report."""
     seen = report.report(interval)
     try:
         if not console.is_terminal:
@@ -182,7 +182,7 @@ def watch(console: Console, interval: timedelta) -> int:
 
 
 def show_forecast(console: Console, interval: timedelta, batch_id: str, as_json: bool) -> int:
-    """Show what sending this batch would do; return 1 when it cannot be told."""
+    """Show what sending this batch would do; return 1 if the batch cannot be read or does not exist."""
     read = report.read_databases(batch_id)
     for problem in read.problems:
         sys.stderr.write(f"status.py: {problem.what}: {problem.remedy}\n")
@@ -203,22 +203,22 @@ def show_forecast(console: Console, interval: timedelta, batch_id: str, as_json:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Say why nothing is being sent, or what is; exit 0 when sending or idle, "
-        "1 when something needs the operator.",
+        description="Show what is being sent, or why nothing is being sent. "
+        "Exit status: 0 if sending, held or idle; 1 if something needs the operator.",
         epilog="environment: QUINN_DB_URL, QUINN_ICLOUD_DB_URL, DISPATCH_INTERVAL_SECONDS (the dispatcher's, if it is "
         "not 30), DEFAULT_REGION (the dispatcher's). examples: python status.py; python status.py --watch",
     )
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--watch", action="store_true", help="look again every two seconds, until Ctrl-C")
-    how.add_argument("--json", action="store_true", help="one JSON document, for scripts")
+    how.add_argument("--watch", action="store_true", help="update every two seconds, until Ctrl-C")
+    how.add_argument("--json", action="store_true", help="print one JSON document, for scripts")
     parser.add_argument(
-        "--forecast", metavar="BATCH_ID", type=uuid.UUID, help="what sending this batch would do; writes nothing"
+        "--forecast", metavar="BATCH_ID", type=uuid.UUID, help="show what sending this batch would do; writes nothing"
     )
     arguments = parser.parse_args(argv)
     if arguments.watch and arguments.forecast:
-        parser.error("--forecast looks once: leave out --watch")
+        parser.error("--forecast cannot be combined with --watch: leave out --watch")
     runtime.load_settings()
-    pacing.logger.disabled = True  # its warnings are on the screen
+    pacing.logger.disabled = True  # the report shows its warnings
     interval = timedelta(seconds=runtime.env_int("DISPATCH_INTERVAL_SECONDS", 30))
     console = Console(highlight=False)
     if not console.is_terminal:

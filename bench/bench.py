@@ -1,7 +1,7 @@
-"""The benchmark: the product beside its peers and its limits, in turns, in one run on this machine.
+"""Compare the product with its peers and its limits, alternately, in one run on this machine.
 
-Run by `make bench`. Starts a PostgreSQL of its own, with its default durability, in a temporary directory. Each row
-has a ratio and a target, and says MISSED where the ratio misses it. Example:
+Run by `make bench`. Starts its own PostgreSQL, with default durability, in a temporary directory. Each row has a ratio
+and a target, and says MISSED if the ratio misses the target. Example:
 
     python bench/bench.py --only tick --only message
 """
@@ -44,19 +44,21 @@ def main() -> int:
         description="Measure the product beside its peers and its limits.",
         epilog="examples: python bench/bench.py --only tick; python bench/bench.py --markdown docs/performance.md",
     )
-    parser.add_argument("--quick", action="store_true", help="run everything at its smallest size, to try the code")
-    parser.add_argument("--only", choices=GROUPS, action="append", help="run this group; may be repeated")
-    parser.add_argument("--memory-minutes", type=float, metavar="N", help="how long the load on the server's memory is")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table there")
+    parser.add_argument("--quick", action="store_true", help="use the smallest sizes, to test the benchmark itself")
+    parser.add_argument("--only", choices=GROUPS, action="append", help="run only this group; may be repeated")
+    parser.add_argument("--memory-minutes", type=float, metavar="N", help="length of the server's memory test")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table to FILE")
     arguments = parser.parse_args()
     size = QUICK if arguments.quick else FULL
     if arguments.memory_minutes is not None:
         size = size._replace(memory_seconds=60 * arguments.memory_minutes)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that PostgreSQL and the servers end, too
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit("terminated")
+    )  # exit through `finally`, which ends PostgreSQL and the servers
     rows: list[Row] = []
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
-        # What the jobs log when they run in this process goes to a file, as it does in production.
+        # Jobs in this process log to a file, because logging costs time in production too.
         logging.basicConfig(filename=Path(directory) / "jobs.log", level="INFO", force=True)
         with contextlib.closing(Bench(size, Path(directory))) as bench:
             caption = describe_machine(bench.postgres_version())

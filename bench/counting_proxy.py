@@ -1,7 +1,7 @@
-"""A proxy in front of PostgreSQL's Unix socket that counts statements and round trips.
+"""Proxy PostgreSQL's Unix socket, and count statements and round trips.
 
-Used by message_rows.py. It reads just enough of the protocol: each message of the server's is a byte for its type,
-and four for its length. Example:
+Used by message_rows.py. It parses only the head of each message of the server: one byte for the type, and four for
+the length. Example:
 
     with CountingProxy(url, directory) as proxy: psycopg2.connect(proxy.url); print(proxy.statements)
 """
@@ -19,7 +19,7 @@ SOCKET = ".s.PGSQL.5432"  # libpq's name for the socket of the default port
 
 
 class CountingProxy:
-    """Passes each connection on, and counts the server's messages by type."""
+    """Forward each connection, and count the server's messages by type."""
 
     def __init__(self, url: str, directory: Path) -> None:
         directory.mkdir()
@@ -66,22 +66,22 @@ class CountingProxy:
                 self.threads.append(pump)
 
     def _count(self, server: socket.socket, client: socket.socket) -> None:
-        """Pass the server's messages on, and count them by type."""
+        """Forward the server's messages, and count them by type."""
         received = b""
         with server, client:
             while piece := server.recv(65_536):
-                with contextlib.suppress(OSError):  # the client is gone, and what it started is still counted
+                with contextlib.suppress(OSError):  # the client has closed; count the rest of its responses
                     client.sendall(piece)
                 received += piece
                 while len(received) >= 5 and len(received) > (length := int.from_bytes(received[1:5])):
                     self.messages[received[0]] += 1
                     received = received[length + 1 :]
             with contextlib.suppress(OSError):
-                client.shutdown(socket.SHUT_RDWR)  # wakes the other thread, where the server was the first to end
+                client.shutdown(socket.SHUT_RDWR)  # wakes the other thread if the server closed first
 
 
 def _pass_on(client: socket.socket, server: socket.socket) -> None:
-    """Pass what the client sends on; at its end, end the server's session."""
+    """Forward the client's messages. When the client closes, end the server's session."""
     with contextlib.suppress(OSError):
         while piece := client.recv(65_536):
             server.sendall(piece)

@@ -1,4 +1,4 @@
-"""The rows about the dispatcher: its two jobs over many batches, over a history, and with much to do at once.
+"""Measure the dispatcher: its two jobs with many batches, with a long history, and with many results or sends.
 
 Each function is a group of `bench.py --only`, measures on a `Bench`, and yields rows.
 """
@@ -16,8 +16,8 @@ from product import StatementLog
 from table import Row, Target, compared, medians, milliseconds, period
 from tick_by_batch import tick_by_batch
 
-SYNC_SECONDS = 1.0  # that the results of one sync may take
-SENDS_SECONDS = 3.0  # that the sends of one tick may take
+SYNC_SECONDS = 1.0  # bound of a sync of Size.results results
+SENDS_SECONDS = 3.0  # bound of a tick of Size.sends sends
 STALE_BATCHES = 100
 
 
@@ -32,7 +32,7 @@ class Outreach:
         self.set_limits(max_per_minute=10, max_per_hour=100, max_per_day=1000, min_gap_seconds=30)
 
     def set_limits(self, **values: int | None) -> None:
-        """Set the limits named; the others are none. No quiet hours."""
+        """Set the given limits, and remove all other limits and the quiet hours."""
         sql = """
             UPDATE outreach_settings
                SET quiet_hours_start = NULL, quiet_hours_end = NULL, max_per_minute = %(max_per_minute)s,
@@ -43,7 +43,7 @@ class Outreach:
         self.database.run(sql, **(dict.fromkeys(names) | values))
 
     def add_batches(self, batches: int, items: int) -> None:
-        """Make sending batches of pending items to the same clients."""
+        """Insert sending batches of pending items. All batches have the same clients."""
         sql = """
             WITH batch AS (
                 INSERT INTO outreach_batches (template, status)
@@ -55,7 +55,7 @@ class Outreach:
         self.database.fill(sql, batches=batches, items=items, body=BODY)
 
     def add_results(self, count: int) -> None:
-        """Make queued items in a new batch, each with a queue row that was sent."""
+        """Insert queued items in a new batch, each with a queue row that was sent."""
         sql = """
             WITH batch AS (
                 INSERT INTO outreach_batches (template, status) VALUES ('hello', 'sending') RETURNING id
@@ -75,7 +75,7 @@ class Outreach:
         self.database.run(sql, count=count, body=BODY)
 
     def reset(self) -> None:
-        """Make the items that a tick has claimed or queued pending again."""
+        """Set the claimed and queued items back to pending."""
         sql = """
             UPDATE outreach_batch_items
                SET status = 'pending', send_queue_id = NULL, queued_at = NULL, claimed_at = NULL
@@ -90,21 +90,21 @@ class Outreach:
         return log
 
     def dispatch_seconds(self) -> float:
-        """Return the seconds of the dispatch job's SQL; infinitely many once PostgreSQL has cancelled a statement."""
+        """Return the seconds of the dispatch job's SQL; infinity if PostgreSQL has cancelled a statement."""
         if not self.timed_out:
             log = self.dispatch()
             self.timed_out = log.timed_out
         return math.inf if self.timed_out else log.seconds
 
     def dispatch_by_batch_seconds(self) -> float:
-        """Return the seconds of the same rules' SQL, asked batch by batch."""
+        """Return the seconds of the SQL of tick_by_batch(), which runs queries for each batch."""
         with StatementLog() as log:
             tick_by_batch(self.quinn, self.icloud, lambda: str(uuid.uuid4()))
         self.reset()
         return log.seconds
 
     def sync(self, results: int) -> StatementLog:
-        """Run the sync job with this many results to fetch."""
+        """Run the sync job with this number of results to fetch."""
         self.add_results(results)
         return product.run_sync(self.quinn, self.icloud)
 
@@ -113,7 +113,7 @@ class Outreach:
 
 
 def add_clients(database: Database, count: int) -> None:
-    """Make clients with a primary handle each."""
+    """Insert clients with a primary handle each."""
     clients = "INSERT INTO clients SELECT md5('client' || n)::uuid, 'A' FROM generate_series(1, %(count)s) AS n"
     handles = """
         INSERT INTO contact_relationships
@@ -125,7 +125,7 @@ def add_clients(database: Database, count: int) -> None:
 
 
 def add_sent_items(database: Database, count: int) -> None:
-    """Make sent items, one every ten minutes, in batches of a thousand."""
+    """Insert sent items, one every ten minutes, in batches of a thousand."""
     sql = """
         WITH batch AS (
             INSERT INTO outreach_batches (template, status)
@@ -149,7 +149,7 @@ def fill_items(bench: Bench, database: Database) -> None:
 
 
 def tick(bench: Bench) -> Iterator[Row]:
-    """Compare a tick over many batches with the same rules asked batch by batch."""
+    """Compare a tick over many batches with queries for each batch."""
     size = bench.size
     many, few = Outreach(bench.database("many")), Outreach(bench.database("few"))
     for outreach, batches, items in ((many, size.batches, size.items), (few, 10, 10)):
@@ -165,12 +165,12 @@ def tick(bench: Bench) -> Iterator[Row]:
 
 
 def number(count: float) -> str:
-    """The unit of a count, for compared()."""
+    """Format a count for compared()."""
     return f"{count:.0f}"
 
 
 def stale_statistics(bench: Bench) -> Iterator[Row]:
-    """Compare a tick with statistics from before its batches came with a tick with fresh ones."""
+    """Compare a tick whose batches are newer than the statistics with a tick with fresh statistics."""
     size = bench.size
     batches = min(STALE_BATCHES, size.batches)
     stale, fresh = (Outreach(bench.copy(name, "item_history", fill_items)) for name in ("stale", "fresh"))
@@ -197,14 +197,14 @@ def item_history(bench: Bench) -> Iterator[Row]:
         "sync of 10 results": functools.partial(Outreach.sync_seconds, results=10),
     }
     for name, job in jobs.items():
-        # Each takes some milliseconds, so that more rounds are needed, and cost little.
+        # A job takes a few milliseconds: more rounds reduce the noise, and cost little.
         mine, other = medians(4 * size.rounds, [functools.partial(job, old), functools.partial(job, new)])
         what = f"SQL of a {name} over {size.history:,} sent items"
         yield compared(what, f"{size.short_history:,}", [mine], [other], Target(at_most=1.3), milliseconds)
 
 
 def bulk(bench: Bench) -> Iterator[Row]:
-    """Measure a sync with very many results, and a tick with very many sends."""
+    """Measure a sync with many results, and a tick with many sends."""
     count = bench.size.results
     outreach = Outreach(bench.database("results"))
     few = len(outreach.sync(10).statements)
@@ -221,7 +221,7 @@ def bulk(bench: Bench) -> Iterator[Row]:
 
 
 def sends(bench: Bench) -> Iterator[Row]:
-    """Measure a tick with very many sends over HTTP."""
+    """Measure a tick with many sends over HTTP."""
     outreach = Outreach(bench.database("sends"))
     outreach.set_limits()
     add_clients(outreach.database, 1)
@@ -233,7 +233,7 @@ def sends(bench: Bench) -> Iterator[Row]:
 
 
 def seconds_of_sends(bench: Bench, outreach: Outreach, base_url: str) -> float:
-    """Return the seconds from the claim of new items to the last one's record, as the rows' own times tell them."""
+    """Return the seconds from the claim of new items until the last one is queued, by the timestamps of the rows."""
     spent = """
         SELECT count(*), extract(epoch FROM max(item.queued_at) - min(batch.last_served_at))
           FROM outreach_batch_items AS item JOIN outreach_batches AS batch ON batch.id = item.batch_id

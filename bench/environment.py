@@ -1,7 +1,7 @@
-"""What the benchmark measures on: a PostgreSQL of its own, databases in it, and the contenders' processes.
+"""Run the benchmark's PostgreSQL, its databases, and the processes of the product and its peers.
 
-Used by the files of rows. Everything is in one temporary directory. PostgreSQL keeps its default durability. Its
-autovacuum is off, so that no measurement depends on when it runs: each group says which statistics it wants. Example:
+Used by the *_rows.py files. All files are in one temporary directory. PostgreSQL has its default durability. Its
+autovacuum is off, because its runs would change a measurement: each group updates the statistics itself. Example:
 
     with Bench(QUICK, directory) as bench, bench.server(PRODUCT, bench.database("polls")) as server: ...
 """
@@ -22,7 +22,7 @@ import product
 import psycopg2.extensions
 from load import Load
 
-# The shell's process id becomes the server's, as LISTEN_PID demands.
+# `exec` keeps the shell's process id, because LISTEN_PID must be the server's.
 WITH_SOCKET = 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" 3<&0 </dev/null'
 START_TIMEOUT = 30  # seconds
 STOP_TIMEOUT = 15  # seconds
@@ -36,17 +36,17 @@ Query = list[tuple[Any, ...]]
 
 
 class Size(NamedTuple):
-    """How much is measured."""
+    """The sizes of the measurements."""
 
     seconds: float  # of one measurement
-    rounds: int  # of A B A B
+    rounds: int  # of alternating measurements, A B A B
     history: int  # finished rows of the queue, or sent items
     short_history: int
     waiting: int  # rows that wait for another device
     batches: int
     items: int  # of each batch
-    messages: int  # one after another
-    results: int  # that come in at once
+    messages: int  # sent one after another
+    results: int  # of one sync
     sends: int  # in one tick
     memory_seconds: float
     fsync: str  # PostgreSQL's setting
@@ -57,7 +57,7 @@ QUICK = Size(0.02, 1, 2000, 200, 200, 20, 10, 5, 50, 5, 0.1, "off")
 
 
 class Server:
-    """The processes of one contender on one listening socket, which each of them inherits as descriptor 3."""
+    """Run the processes of one contender. They inherit one listening socket as descriptor 3."""
 
     port: int
 
@@ -65,7 +65,7 @@ class Server:
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def start(self, command: Sequence[str], processes: int, environment: Mapping[str, str], directory: Path) -> None:
-        """Start the processes, and return when each has said, as to systemd, that it is ready."""
+        """Start the processes; return when each has sent READY=1."""
         address = directory / "notify"
         with (
             contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as notifications,
@@ -107,25 +107,25 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        # The benchmark's own statements fill tables, which may take longer than a statement of the product may.
+        # Filling a table takes longer than the default statement_timeout.
         self.conn = product.connect(psycopg2.extensions.make_dsn(url, options="-c statement_timeout=0"))
 
     def run(self, sql: str, **params: Any) -> Query:
         return product.query(self.conn, sql, params or None)
 
     def fill(self, sql: str, **params: Any) -> None:
-        """Run a statement that inserts very many rows, without a look at their foreign keys, which take most time."""
+        """Run a statement that inserts many rows. Skip the checks of foreign keys, which take most of the time."""
         self.run("SET session_replication_role = replica")
         self.run(sql, **params)
         self.run("RESET session_replication_role")
 
     def settle(self) -> None:
-        """Do now what PostgreSQL would otherwise do during a measurement."""
+        """Update the statistics and write a checkpoint, so that no checkpoint falls into a measurement."""
         self.run("VACUUM ANALYZE")
         self.run("CHECKPOINT")
 
     def device(self, name: str) -> str:
-        """Return the id of the device whose token is its name; make it if there is none. Stored as add-device does."""
+        """Return the id of the device whose token is its name; insert it, with a digest, if there is none."""
         sql = """
             INSERT INTO icloud.devices (name, token) VALUES (%(name)s, %(token)s)
             ON CONFLICT (token) DO UPDATE SET name = EXCLUDED.name
@@ -134,7 +134,7 @@ class Database:
         return str(self.run(sql, name=name, token=product.hash_token(name))[0][0])
 
     def collected(self, device: str, count: int) -> list[str]:
-        """Make `count` rows that the device has collected; return their ids."""
+        """Insert `count` rows that the device has collected; return their ids."""
         sql = """
             INSERT INTO icloud.send_queue (device_id, to_handle, body, batch_item_id, collected_at)
             SELECT %(device)s, '+14155550123', %(body)s, gen_random_uuid(), now()
@@ -144,7 +144,7 @@ class Database:
         return [row_id for (row_id,) in self.run(sql, device=device, body=BODY, count=count)]
 
     def waiting(self, device: str, count: int) -> None:
-        """Make `count` rows that wait for the device, uncollected."""
+        """Insert `count` rows that the device has not collected."""
         sql = """
             INSERT INTO icloud.send_queue (device_id, to_handle, body, batch_item_id)
             SELECT %(device)s, '+14155550123', %(body)s, gen_random_uuid() FROM generate_series(1, %(count)s)
@@ -173,12 +173,12 @@ class Bench:
         return str(product.query(self.conn, "SELECT split_part(version(), ' ', 2)")[0][0])
 
     def wal_syncs(self) -> int:
-        """Return how often sessions that have ended waited for the disk at a commit."""
+        """Return how often commits waited for the disk. Only sessions that have ended count."""
         sql = "SELECT sum(fsyncs) FROM pg_stat_io WHERE object = 'wal' AND backend_type = 'client backend'"
         return int(product.query(self.conn, sql)[0][0])
 
     def database(self, name: str) -> Database:
-        """Make a database with the product's tables."""
+        """Create a database with the product's tables."""
         product.query(self.conn, f"CREATE DATABASE {name}")
         url = self.url_of(name)
         product.migrate(url)
@@ -188,7 +188,7 @@ class Bench:
         return urlsplit(self.url)._replace(path=f"/{name}").geturl()
 
     def copy(self, name: str, template: str, fill: "Callable[[Bench, Database], None]") -> Database:
-        """Make a database as a copy of `template`, which is made and filled, with fresh statistics, at first use."""
+        """Copy the database `template`. At first use, create it, fill it and update its statistics."""
         if template not in self.templates:
             self.templates.add(template)
             with contextlib.closing(self.database(template)) as database:
@@ -199,7 +199,7 @@ class Bench:
 
     @contextlib.contextmanager
     def server(self, command: Sequence[str], database_url: str, processes: int = 1) -> Iterator[Server]:
-        """Run a contender's processes over a database."""
+        """Run a contender's processes with a database."""
         server = Server()
         try:
             server.start(command, processes, environment_of(database_url), self.directory)
@@ -209,7 +209,7 @@ class Bench:
 
     @contextlib.contextmanager
     def dispatcher(self, database: Database, *arguments: str, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
-        """Run a dispatcher process over a database."""
+        """Run a dispatcher process with a database."""
         environment = {**os.environ, **environment_of(database.url), **settings}
         with (self.directory / "dispatcher.log").open("ab") as log:
             process = subprocess.Popen(
@@ -229,7 +229,7 @@ class Bench:
 
 
 def environment_of(database_url: str) -> dict[str, str]:
-    """Return the settings of a script of the product's over one database."""
+    """Return the environment variables of a script that uses one database for both parts."""
     return {
         "QUINN_DB_URL": database_url,
         "QUINN_ICLOUD_DB_URL": database_url,
@@ -244,9 +244,9 @@ def resident(pid: int) -> float:
 
 
 def wait_until(done: Callable[[], bool], what: str) -> None:
-    """Look again every 10 ms until `done` is true. Raises after a minute, naming what was waited for."""
+    """Call `done` every 10 ms until it is true. Raises RuntimeError with `what` after WAIT_TIMEOUT."""
     end = time.monotonic() + WAIT_TIMEOUT
     while not done():
         if time.monotonic() > end:
-            raise RuntimeError(f"within {WAIT_TIMEOUT} s not seen: {what}")
+            raise RuntimeError(f"not seen within {WAIT_TIMEOUT} s: {what}")
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""The rows about the send queue server: its requests beside its peers, over a history, and beside others that wait.
+"""Measure the send queue server: compared with its peers, with a long history, and while a statement waits.
 
 Each function is a group of `bench.py --only`, measures on a `Bench`, and yields rows.
 """
@@ -17,23 +17,23 @@ from load import Connection, paced, request
 from peers import ENQUEUE, PENDING, RESULT
 from table import Row, Target, compared, medians, milliseconds
 
-# The requests, and the share of a constant response's rate that one process has to reach. Two wait for the disk.
+# The endpoints, and the target: the ratio to the rate of a constant response. `enqueue` and `result` wait for the disk.
 BESIDE_CONSTANT = {"empty poll": 0.5, "poll of 10": 0.4, "enqueue": 0.2, "result": 0.2}
 ENDPOINTS = tuple(BESIDE_CONSTANT)
 CONNECTIONS = (1, 16, 64)
-MANY = 16  # connections, where only one number of them is measured
-# Requests prepared for each second of a measurement, more than any contender responds to: a result is given only once.
+MANY = 16  # connections of a measurement that has only one number of them
+# Requests prepared for each second of a measurement. No contender reaches this rate. A result can be sent only once.
 FASTEST = 12_000
-DEVICES = 50  # that poll once a second
-CLIENTS = 40  # beside one that waits for a lock
+DEVICES = 50  # each polls once a second
+CLIENTS = 40  # clients that poll while another one waits for a lock
 CLIENT_INTERVAL = 0.2  # seconds
-SLOWEST = 0.2  # seconds that another client's response may take while one waits for a lock
+SLOWEST = 0.2  # seconds; bound of a response while another client's statement waits for a lock
 
 
 def requests_for(endpoint: str, database: Database, count: int) -> list[bytes]:
-    """Return what one measurement of an endpoint sends: one request to repeat, or `count` to send once each.
+    """Return the requests of one measurement of an endpoint: one to repeat, or `count` to send once each.
 
-    Makes the device and the rows that they need.
+    Inserts the device and the rows that they need.
     """
     if endpoint == "empty poll":
         database.device("idle")
@@ -59,7 +59,7 @@ def result_request(token: str, row_id: str) -> bytes:
 
 
 def rate(bench: Bench, server: Server, database: Database, endpoint: str, connections: int) -> float:
-    """Return the requests per second of one measurement. Raises when a response was not a 200."""
+    """Return the requests per second of one measurement. Raises RuntimeError if a response is not a 200."""
     messages = requests_for(endpoint, database, int(FASTEST * bench.size.seconds))
     sample = bench.load.run(server.port, messages, connections, bench.size.seconds)
     if sample.errors:
@@ -68,7 +68,7 @@ def rate(bench: Bench, server: Server, database: Database, endpoint: str, connec
 
 
 def requests(bench: Bench) -> Iterator[Row]:
-    """Compare each request with starlette doing the same work, and with waitress and bottle sending a constant."""
+    """Compare each endpoint with starlette doing the same work, and with a constant of waitress and bottle."""
     database = bench.database("requests")
     with contextlib.ExitStack() as stack:
         servers = {
@@ -90,13 +90,13 @@ def requests(bench: Bench) -> Iterator[Row]:
                 at = ", ".join(map(str, CONNECTIONS))
                 what = f"{endpoint}, {processes} process{'es' if processes > 1 else ''}; {at} connections"
                 yield compared(what, "starlette, asyncpg", ours, starlette, Target(at_least=0.9))
-                # PostgreSQL takes a share of two cores from two processes of the product, and none from the constant.
+                # With two processes on two cores, PostgreSQL takes CPU time from the product, not from the constant.
                 bound = Target(at_least=BESIDE_CONSTANT[endpoint] / processes)
                 yield compared(what, "a constant response", ours, constant, bound)
 
 
 def lock(bench: Bench) -> Iterator[Row]:
-    """Measure the responses to other clients while the statement of one waits for a lock."""
+    """Measure the responses to other clients while the statement of one client waits for a lock."""
     database = bench.database("lock")
     [row_id] = database.collected(database.device("blocked"), 1)
     polls = []
@@ -125,7 +125,7 @@ def lock(bench: Bench) -> Iterator[Row]:
 
 
 def per_request(seconds: float) -> str:
-    """The unit of the time that a request takes while all connections send, for compared()."""
+    """Format the time of a request for compared()."""
     return f"{1e6 * seconds:,.0f} us"
 
 
@@ -136,7 +136,7 @@ def someone_waits(database: Database) -> bool:
 
 @contextlib.contextmanager
 def repeated(port: int, message: bytes) -> Iterator[None]:
-    """Send a request again and again from a thread, whatever the response is."""
+    """Repeat a request in a thread, and ignore the responses."""
     ended = threading.Event()
 
     def repeat() -> None:
@@ -167,7 +167,7 @@ def fill_queue(bench: Bench, database: Database) -> None:
 
 
 def queue_history(bench: Bench) -> Iterator[Row]:
-    """Compare the requests over a history of finished rows with an empty queue, and the slowest polls with most."""
+    """Compare the endpoints with a long history of finished rows and with an empty queue; compare p99 with p50."""
     old = bench.copy("queue_old", "queue_history", fill_queue)
     new = bench.database("queue_new")
     polls = []
@@ -191,16 +191,16 @@ def queue_history(bench: Bench) -> Iterator[Row]:
 
 
 def prepared(bench: Bench) -> Iterator[Row]:
-    """Compare a poll beside another device's rows, by a server that prepared its statements without them."""
+    """Compare a poll with and without rows of another device, inserted after the server has prepared its statements."""
     times = []
-    for statistics_of in ("never", "empty"):  # the planner's: none yet, and those of an empty table
+    for statistics_of in ("never", "empty"):  # the planner's statistics: none, and those of an empty table
         crowded, alone = bench.database(f"crowded_{statistics_of}"), bench.database(f"alone_{statistics_of}")
         if statistics_of == "empty":
             crowded.settle()
             alone.settle()
         with bench.server(PRODUCT, crowded.url) as beside, bench.server(PRODUCT, alone.url) as undisturbed:
             for server, database in ((beside, crowded), (undisturbed, alone)):
-                # Enough polls for each thread to prepare the statement and to settle on its plan.
+                # After these polls, each thread has prepared the statement, and PostgreSQL has chosen a generic plan.
                 rate(bench, server, database, "empty poll", MANY)
             crowded.waiting(crowded.device("other"), bench.size.waiting)
             measure = [

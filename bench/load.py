@@ -1,8 +1,8 @@
-"""The benchmark's load generator: keep-alive connections over raw sockets, the same for every contender.
+"""Generate load on an HTTP server: keep-alive connections over raw sockets, the same for every contender.
 
-Used by the other files here. `Load` sends as fast as the responses come, from several processes; `paced` sends at
-fixed intervals, from the calling process. A client in plain Python costs about 20 microseconds a request, so two
-processes keep several servers busy. Example:
+Used by the other files in bench/. `Load` sends the next request after each response, from several processes. `paced`
+sends at fixed intervals, from the calling process. This client needs about 20 microseconds for a request, so two
+processes can load several servers. Example:
 
     load = Load(processes=2); load.run(port, [request("GET", "/healthz", "token")], connections=16, seconds=1)
 """
@@ -23,7 +23,7 @@ RESPONSE_TIMEOUT = 30  # seconds; a server that needs longer has failed
 
 
 class Sample(NamedTuple):
-    """What one measurement found: requests per second, responses other than 200, and each response's seconds."""
+    """The result of a measurement: requests per second, responses other than 200, and the seconds of each response."""
 
     rate: float
     errors: int
@@ -31,7 +31,7 @@ class Sample(NamedTuple):
 
 
 class Connection:
-    """One keep-alive connection: when it sent its last request, and the part of the response that has arrived."""
+    """A keep-alive connection, with the time of its last request and the part of the response that has arrived."""
 
     def __init__(self, port: int) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=RESPONSE_TIMEOUT)
@@ -44,7 +44,7 @@ class Connection:
         self.socket.sendall(message)
 
     def receive(self) -> tuple[int, bytes]:
-        """Read once; return the status and the body if the response is complete, else 0 and nothing.
+        """Read once; return the status and the body if the response is complete, else 0 and b"".
 
         Raises ConnectionError if the server has closed the connection.
         """
@@ -79,9 +79,9 @@ def request(method: str, path: str, token: str, body: bytes = b"") -> bytes:
 
 
 def hammer(connections: Sequence[Connection], requests: Sequence[bytes], seconds: float) -> Sample:
-    """Send the next request on each connection as soon as it has its response, until time or `requests` run out.
+    """Send the next request on each connection after its response, until the time or `requests` are used up.
 
-    A single request is repeated; of several, each one is sent once. Waits for one response at least.
+    Repeats a single request; sends several requests once each. Waits for at least one response.
     """
     remaining = iter(requests) if len(requests) > 1 else itertools.repeat(requests[0])
     by_descriptor = {connection.socket.fileno(): connection for connection in connections}
@@ -117,10 +117,10 @@ def _send_next(connection: Connection, remaining: Iterator[bytes]) -> bool:
 
 
 def paced(connections: Sequence[Connection], requests: Sequence[bytes], interval: float, seconds: float) -> Sample:
-    """Send on each connection its own request of `requests` every `interval` seconds, spread over the interval.
+    """Send the connection's own request of `requests` every `interval` seconds, spread over the interval.
 
-    A connection that still waits for a response at that time sends its next request when the response is there.
-    Waits for every response, so that the connections can be used again.
+    If a response is late, its connection sends the next request after it. Waits for every response: the connections
+    can be used again.
     """
     by_descriptor = {connection.socket.fileno(): number for number, connection in enumerate(connections)}
     poll = select.epoll()
@@ -130,7 +130,7 @@ def paced(connections: Sequence[Connection], requests: Sequence[bytes], interval
     start = time.perf_counter()
     end = start + seconds
     due = [(start + interval * number / len(connections), number) for number in range(len(connections))]
-    sent_due: dict[int, float] = {}  # the time at which a request that has no response yet was due, by connection
+    sent_due: dict[int, float] = {}  # for each request without a response: its connection, and when it was due
     while due or sent_due:
         while due and due[0][0] <= time.perf_counter():
             moment, number = heapq.heappop(due)
@@ -151,7 +151,7 @@ def paced(connections: Sequence[Connection], requests: Sequence[bytes], interval
 
 
 class Load:
-    """Client processes that are kept for the whole run. Make it before any thread or connection exists: it forks."""
+    """Run client processes for the whole benchmark. Create it before any thread or connection, because it forks."""
 
     def __init__(self, processes: int) -> None:
         context = multiprocessing.get_context("fork")
@@ -166,9 +166,9 @@ class Load:
             self.processes.append(process)
 
     def run(self, port: int, requests: Sequence[bytes], connections: int, seconds: float) -> Sample:
-        """hammer() from every process at once, each with its share of the connections and of the requests.
+        """Call hammer() in all processes at once, each with its share of the connections and requests.
 
-        The clock starts when every process has its connections. Raises what a process raised.
+        The measurement starts when every process has its connections. Raises the exception of a process.
         """
         pipes = self.pipes[:connections]
         for number, pipe in enumerate(pipes):
@@ -193,7 +193,7 @@ class Load:
 
 
 def _received(pipes: Sequence[multiprocessing.connection.Connection]) -> list[Any]:
-    """Return the next message of each process. Raises the first one that is an exception."""
+    """Return the next message of each process. Raise the first message that is an exception."""
     messages = [pipe.recv() for pipe in pipes]
     for message in messages:
         if isinstance(message, Exception):
@@ -204,9 +204,9 @@ def _received(pipes: Sequence[multiprocessing.connection.Connection]) -> list[An
 def _obey(
     pipe: multiprocessing.connection.Connection, inherited: Sequence[multiprocessing.connection.Connection]
 ) -> None:
-    """Carry out orders of Load.run() until the pipe is closed. Each order gets two messages: ready, and the sample."""
+    """Run the measurements that Load.run() requests, until the pipe is closed. Send two messages: ready, the sample."""
     for other in inherited:
-        other.close()  # the other end of `pipe` among them, which would keep it open
+        other.close()  # includes the other end of `pipe`; open, it would prevent EOFError
     while True:
         try:
             port, number, requests, seconds = pipe.recv()
@@ -218,7 +218,7 @@ def _obey(
             pipe.send("ready")
             pipe.recv()
             pipe.send(hammer(connections, requests, seconds))
-        except Exception as error:  # noqa: BLE001  # it is raised by the process that gave the order
+        except Exception as error:  # noqa: BLE001  # Load.run() raises it
             pipe.send(error)
         for connection in connections:
             connection.close()

@@ -1,4 +1,4 @@
-"""The rows about the memory of the product's two processes.
+"""Measure the memory of the server and of the dispatcher.
 
 The function is a group of `bench.py --only`, measures on a `Bench`, and yields rows.
 """
@@ -12,20 +12,20 @@ from http_rows import ENDPOINTS, MANY, fill_queue, requests_for
 from table import Row, Target, compared
 
 BOUND = 60.0  # MB
-REQUESTS = 200  # of each kind in a round of the load
+REQUESTS = 200  # of each endpoint in a round of the load
 TICKS = 2
 
 
 def megabytes(amount: float) -> str:
-    """The unit of memory, for compared()."""
+    """Format megabytes for compared()."""
     return f"{amount:.1f} MB"
 
 
 def memory(bench: Bench) -> Iterator[Row]:
-    """Measure the memory of the server and of the dispatcher, over a long history, and after much work."""
+    """Measure the memory of the server and of the dispatcher with a long history, before and after a load."""
     database = bench.copy("queue_memory", "queue_history", fill_queue)
     with bench.server(PRODUCT, database.url) as server:
-        run_requests(bench, server, database)  # each thread has its connection and its statements then
+        run_requests(bench, server, database)  # then each thread has its connection and its statements
         before = server.resident()
         end = time.monotonic() + bench.size.memory_seconds
         count = 0
@@ -45,7 +45,7 @@ def memory(bench: Bench) -> Iterator[Row]:
 
 
 def run_requests(bench: Bench, server: Server, database: Database) -> int:
-    """Send some of each request; return how many."""
+    """Send REQUESTS requests to each endpoint; return the number of all responses."""
     count = 0
     for endpoint in ENDPOINTS:
         messages = requests_for(endpoint, database, REQUESTS)

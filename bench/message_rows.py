@@ -1,7 +1,7 @@
-"""The rows about a message's whole way: enqueued, polled, and its result recorded, one message after another.
+"""Measure complete messages, one after another: enqueue, poll, and record the result.
 
-The product is compared with two queues, and with the limit: a server that does nothing but commit as often, asked by
-the same client. The function is a group of `bench.py --only`, measures on a `Bench`, and yields rows.
+The product is compared with two queues and with the limit: a server that only commits as often, with the same client.
+The function is a group of `bench.py --only`, measures on a `Bench`, and yields rows.
 """
 
 import asyncio
@@ -22,14 +22,14 @@ from table import Row, Target, compared, medians
 
 TARGETS = {"procrastinate": 1.0, "pgqueuer": 1.0, "limit": 0.5}
 WARM_UP = 20  # messages, after which each of the server's threads has prepared its statements
-COUNTED = (20, 60)  # messages of the two runs whose difference is counted
+COUNTED = (20, 60)  # messages of two runs; their difference is counted
 REQUESTS = 3  # over HTTP, for each message
 
-Way = Callable[[str, int], float]  # sends so many messages, one after another, over a database; per second
+Way = Callable[[str, int], float]  # sends a number of messages one after another; returns messages per second
 
 
 class Costs(NamedTuple):
-    """What one message costs PostgreSQL. `commits`: those that wait for the disk."""
+    """The costs of a message in PostgreSQL. `commits`: only commits that wait for the disk."""
 
     statements: float
     commits: float
@@ -37,7 +37,7 @@ class Costs(NamedTuple):
 
 
 def message(bench: Bench) -> Iterator[Row]:
-    """Compare a message's whole way, one message after another, with two queues without HTTP and with the limit."""
+    """Compare complete messages, one after another, with two queues without HTTP and with the limit."""
     databases = {name: bench.database(f"way_{name}") for name in ("product", *TARGETS)}
     ways: dict[str, Way] = {
         "product": functools.partial(over_http, bench, PRODUCT, databases["product"].device("mac-mini")),
@@ -57,7 +57,7 @@ def message(bench: Bench) -> Iterator[Row]:
 
 
 def over_http(bench: Bench, command: list[str], device: str, url: str, count: int) -> float:
-    """Return the messages per second through a server that this starts, over one connection."""
+    """Start a server; return its messages per second over one connection."""
     with bench.server(command, url) as server, contextlib.closing(Connection(server.port)) as connection:
         for _ in range(WARM_UP):
             send_one(connection, device)
@@ -68,7 +68,7 @@ def over_http(bench: Bench, command: list[str], device: str, url: str, count: in
 
 
 def send_one(connection: Connection, device: str) -> None:
-    """Enqueue a message, collect it, and report it as sent. Raises when a response is not a 200."""
+    """Enqueue a message, collect it, and report it as sent. Raises RuntimeError if a response is not a 200."""
 
     def ask(message_bytes: bytes) -> Any:
         status, body = connection.exchange(message_bytes)
@@ -82,7 +82,7 @@ def send_one(connection: Connection, device: str) -> None:
 
 
 def count_costs(bench: Bench, name: str, way: Way, url: str) -> Costs:
-    """Count what one message costs: the difference of two runs, so that connecting and preparing do not count."""
+    """Return the costs of a message: the difference of two runs, because connecting and preparing must not count."""
     totals = []
     for count in COUNTED:
         before = bench.wal_syncs()

@@ -1,8 +1,8 @@
-"""The HTTP servers that the benchmark compares the product's with, as processes.
+"""Run one of the HTTP servers that the benchmark compares with the product's server.
 
-Run by environment.py. `constant` is waitress and bottle with nothing behind them: the most that a server on them can
-do. `starlette` does the product's work, with the product's own SQL, on starlette, uvicorn and asyncpg. `limit` reads
-a request, commits once, and sends a constant: the least that any server can do for a message. Example (descriptor 3
+Run by environment.py. `constant`: waitress and bottle without a database, the upper bound of a server on them.
+`starlette`: the product's work and SQL on starlette, uvicorn and asyncpg. `limit`: read a request, commit once, and
+respond with a constant, the least work for a message. Example (descriptor 3
 is a listening socket, QUINN_ICLOUD_DB_URL the database):
 
     python bench/peers.py starlette 3<&SOCKET
@@ -24,7 +24,7 @@ import product
 from load import CONTENT_LENGTH
 
 LISTENING = 3  # the descriptor of the inherited socket
-POOL = 4  # asyncpg's connections in each process; with 2 and 8 it is no faster
+POOL = 4  # asyncpg's connections in each process; 2 and 8 are not faster
 SOME_ID = str(uuid.UUID(int=0))
 PENDING = "/client/imessage/send-queue/pending"
 RESULT = "/client/imessage/send-queue/{id}/result"
@@ -45,8 +45,8 @@ def constant(listening: socket.socket) -> None:
 
     app = bottle.Bottle()
     app.route("<path:path>", ["GET", "POST"], lambda path: {"success": True, "data": {"items": []}})
-    # send_bytes: with the default of 1 the main thread wakes for each write, and 64 connections get a twentieth of
-    # the responses.
+    # send_bytes: with the default of 1, each write wakes the main thread, and 64 connections get 5 % of the
+    # responses.
     server = waitress.create_server(
         app, sockets=[listening], threads=4, asyncore_use_poll=True, send_bytes=18_000, ident=None
     )
@@ -78,13 +78,13 @@ def limit(listening: socket.socket) -> None:
 
 
 def numbered(sql: str) -> tuple[str, list[str]]:
-    """Return `sql` with $1, $2 … for its %(name)s, and the names in that order."""
+    """Replace each %(name)s of `sql` with $1, $2 …; return the new SQL and the names in that order."""
     names = list(dict.fromkeys(PARAMETER.findall(sql)))
     return PARAMETER.sub(lambda match: f"${names.index(match[1]) + 1}", sql), names
 
 
 class StarlettePeer:
-    """The three endpoints and their log lines on starlette and asyncpg, which prepares the statements."""
+    """Implement the three endpoints and their log lines with starlette and asyncpg, which prepares the statements."""
 
     def __init__(self) -> None:
         from starlette.responses import Response
@@ -174,7 +174,7 @@ def starlette(listening: socket.socket) -> None:
         ]
     )
 
-    class Server(uvicorn.Server):  # type: ignore[misc]  # uvicorn's types are not looked at
+    class Server(uvicorn.Server):  # type: ignore[misc]  # mypy ignores uvicorn's types
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await peer.connect()
             await super().startup(sockets)

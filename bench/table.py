@@ -1,6 +1,6 @@
-"""The benchmark's result: rows with a target each, as a table on a terminal and in Markdown.
+"""Show the benchmark's results, rows with a target each, as a table on a terminal and in Markdown.
 
-Used by the other files here. Example:
+Used by the other files in bench/. Example:
 
     row = compared("empty poll", "a constant response", [900.0], [1000.0], Target(at_least=0.8)); show("polls", [row])
 """
@@ -19,11 +19,11 @@ import rich.console
 import rich.markup
 import rich.table
 
-WIDTH = 160  # characters, where the output is no terminal
+WIDTH = 160  # characters, if the output is not a terminal
 # The part of docs/performance.md that the table replaces.
 MARKED = re.compile(r"(?<=<!-- bench -->\n).*?(?=<!-- /bench -->)", re.DOTALL)
 console = rich.console.Console(width=None if os.isatty(1) else WIDTH)
-# The columns, and each one's share of the width; the last two are as wide as what is in them.
+# The columns, and the share of the width of each; the last two are as wide as their text.
 HEADINGS = {"what": 17, "beside": 8, "product": 11, "other": 11, "ratio": 7, "target": None, "": None}
 
 
@@ -43,13 +43,13 @@ class Row(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What a ratio has to be. One of the two is given."""
+    """The bound of a ratio. Exactly one of the two is set."""
 
     at_least: float | None = None
     at_most: float | None = None
 
     def met(self, ratio: float) -> bool:
-        """Judge the ratio as it is printed, so that no 0.90 misses a target of 0.90."""
+        """Return whether the ratio meets the target. Round it as printed: a printed 0.90 meets a target of 0.90."""
         shown = float(_figure(ratio))
         if self.at_least is not None:
             return shown >= self.at_least
@@ -68,7 +68,7 @@ def compared(
     target: Target,
     unit: Callable[[float], str] = "{:,.0f}/s".format,
 ) -> Row:
-    """Make a row of one or several pairs of figures; each ratio, product to other, has to meet the target."""
+    """Make a row of one or several pairs of figures; each ratio, product to other, must meet the target."""
     ratios = [_ratio(ours, theirs) for ours, theirs in zip(product, other, strict=True)]
     return Row(
         what,
@@ -82,12 +82,12 @@ def compared(
 
 
 def milliseconds(seconds: float) -> str:
-    """The unit of a time, for compared()."""
+    """Format a time for compared()."""
     return "timed out" if seconds == math.inf else f"{1000 * seconds:,.{0 if seconds > 0.1 else 1}f} ms"
 
 
 def period(rate: float) -> str:
-    """The unit of a rate that is better read as a time, for compared()."""
+    """Format a rate as a time for compared()."""
     return milliseconds(1 / rate)
 
 
@@ -98,12 +98,12 @@ def _ratio(product: float, other: float) -> float:
 
 
 def _figure(ratio: float) -> str:
-    """A ratio with two decimals, or one where it is large."""
+    """Format a ratio with two decimals, or with one if it is at least 10."""
     return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}"
 
 
 def medians(rounds: int, contenders: Sequence[Callable[[], float]]) -> list[float]:
-    """Return the median of each contender's figures, which are taken in turns: A B A B."""
+    """Measure the contenders alternately, A B A B; return the median of each."""
     figures: list[list[float]] = [[] for _ in contenders]
     for _ in range(rounds):
         for contender, taken in zip(contenders, figures, strict=True):
@@ -112,7 +112,7 @@ def medians(rounds: int, contenders: Sequence[Callable[[], float]]) -> list[floa
 
 
 def describe_machine(postgres_version: str) -> str:
-    """Return the machine and the versions in a line."""
+    """Describe the machine and the versions in one line."""
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     model = models[0].partition(":")[2].strip() if models else platform.machine()
     return (
@@ -132,7 +132,7 @@ def show(title: str, rows: Sequence[Row]) -> None:
 
 
 def write_markdown(path: Path, caption: str, rows: Sequence[Row]) -> None:
-    """Write all rows as a Markdown table and its caption: between the `bench` comments of a page, else as the file."""
+    """Write a Markdown table and its caption. Replace the text between `bench` comments, else the whole file."""
     lines = [HEADINGS, ["---"] * len(HEADINGS)]
     for row in rows:
         *cells, verdict = row.cells()

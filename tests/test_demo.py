@@ -158,7 +158,7 @@ def test_run_refuses_real_databases(environment: dict[str, str], directory: Path
         check=False,
     )
     assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stderr.startswith("demo.py: `make run` serves only its own ./pgdata")
+    assert done.stderr.startswith("demo.py: `make run` uses only its own ./pgdata")
     assert f" Unset {variable} " in done.stderr
     assert "run `python send_queue_server.py` and `python dispatcher.py`" in done.stderr
     assert done.stdout == ""

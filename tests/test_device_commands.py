@@ -67,7 +67,7 @@ def test_new_token_replaces_old_token(world: TestData, base_url: str, capsys: py
     world.device("other", token="other")
     assert polled(base_url, "the-old-one") == 200
     assert db.main(["new-token", "mac-mini"]) == 0
-    said = re.fullmatch(rf"device {device}\ntoken  (\S{{40,}})\nThe old token does not .*\n", capsys.readouterr().out)
+    said = re.fullmatch(rf"device {device}\ntoken  (\S{{40,}})\nThe old token no longer .*\n", capsys.readouterr().out)
     assert said
     assert polled(base_url, said[1]) == polled(base_url, "other") == 200
     assert polled(base_url, "the-old-one") == 401

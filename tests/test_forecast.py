@@ -221,7 +221,7 @@ def test_forecast_while_paused_names_its_assumption(world: TestData) -> None:
     paused(world)
     seen = json.loads(run_script("status.py", "--json", "--forecast", world.batch(clients=1, status="draft")).stdout)
     assert seen["lastAt"]
-    assert seen["notes"] == ["sending is paused: this assumes that it goes on now"]
+    assert seen["notes"] == ["sending is paused: the forecast assumes that it resumes now"]
 
 
 def test_forecast_of_unknown_batch_is_an_error(world: TestData) -> None:

@@ -59,10 +59,10 @@ def test_missing_permission_suggests_grant(databases: Databases) -> None:
 # A failing statement, and the problem and remedy that are reported.
 FAILING = {
     "SET LOCAL statement_timeout = 10; SELECT pg_sleep(5)": (
-        "answers too slowly", r"canceling statement due to statement timeout; see what else it does: SELECT pid.*"
+        "responds too slowly", r"canceling statement due to statement timeout; see what else it runs: SELECT pid.*"
     ),
     "DO $$ BEGIN RAISE admin_shutdown; END $$": (
-        "is shutting down or starting", r"admin_shutdown; look again in a moment.*"
+        "is shutting down or starting", r"admin_shutdown; try again in a moment.*"
     ),
     "DO $$ BEGIN RAISE deadlock_detected; END $$": (
         "is locked by another session", r"deadlock_detected; wait for it to end.*"

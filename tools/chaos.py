@@ -1,9 +1,9 @@
-"""Break everything at random, by a seeded schedule, and check that no message is lost or sent twice.
+"""Inject random faults by a seeded schedule, and check that no message is lost or sent twice.
 
 Run by `make faults` (one run of a minute or two) and `make soak` (one run after another). The processes are real: a
-server, two dispatchers and three simulated Macs, over a PostgreSQL that is killed too. Settings alone make time fast: a
-tick each second, and limits that fill within a minute. Each run prints what it did. To replay a run, give its seed: the
-schedule of faults and changes is the same again, and the timing of each thread is not. Example:
+server, two dispatchers, three simulated Macs and a PostgreSQL; faults hit all of them. A tick each second and limits
+that fill within a minute make a run short. Each run prints a report. To replay a run, give its seed: the schedule of
+faults and changes is then the same, but not the timing of threads. Example:
 
     make soak SEED=7 SECONDS=1
 """
@@ -36,23 +36,23 @@ from testing import Databases, PrivatePostgres, Script, TestData, free_port, on_
 import db
 
 FAULT_PHASE = 60  # seconds of a run in which faults happen
-RECOVERY_PHASE = 90  # seconds after it in which each message has to end
+RECOVERY_PHASE = 90  # seconds after the fault phase within which each message must end
 BATCHES, ITEMS = 80, 32  # number of batches, and of items in each
-FAILING, UNREACHABLE = 0.15, 0.02  # the share of messages that a device cannot send, and that have no handle
-LOSS, DELAY = 0.012, 0.02  # the share of HTTP exchanges whose request or response is lost, or whose response is late
-CUT = 0.002  # the share of SQL statements whose connection is cut before, or after it
+FAILING, UNREACHABLE = 0.15, 0.02  # shares of the messages: the device cannot send it; its client has no handle
+LOSS, DELAY = 0.012, 0.02  # shares of the HTTP exchanges: request or response lost; response delayed
+CUT = 0.002  # the share of SQL statements before or after which the connection is cut
 FAULT_EVERY, CHANGE_EVERY = 0.4, 0.9  # mean seconds between two faults, and between two changes of the settings
 CHECK_EVERY = 15  # seconds between two checks during the fault phase
-EXIT_TIMEOUT = 12  # seconds in which SIGTERM must end a process
-MAX_VIOLATIONS = 40  # that are printed
+EXIT_TIMEOUT = 12  # seconds within which SIGTERM must end a process
+MAX_VIOLATIONS = 40  # printed in a report
 
 
 class FaultPhaseOver(Exception):
-    """The fault phase ended while this fault waited for its turn."""
+    """The fault phase ended while this fault waited for another one."""
 
 
 class ManagedProcess:
-    """A process of the run, which is started again whenever it has ended."""
+    """A process of the run, which a fault can end and restart."""
 
     def __init__(self, name: str, path: Path, command: tuple[str, ...], environment: dict[str, str]) -> None:
         self.name, self.command, self.environment = name, command, environment
@@ -70,15 +70,15 @@ class ManagedProcess:
             self.script.process.send_signal(number)
 
     def end(self, number: int) -> int:
-        """Send the signal that ends the process; return its exit status."""
+        """Send a signal that ends the process; return the exit status."""
         assert self.script
         self.signal(number)
         return self.script.process.wait(EXIT_TIMEOUT)
 
     def terminate(self) -> str:
-        """End the process with SIGTERM; return what was wrong with its end, "" if nothing was.
+        """End the process with SIGTERM; return the problem if its exit status is not 0 or it takes too long, else "".
 
-        A process that has not installed its signal handler yet may end with another status than 0.
+        Any exit status is right if the process has not logged its start yet: it may have no signal handler yet.
         """
         is_ready = any(phrase in self.log.read_bytes()[self.log_start :] for phrase in (b"listening", b"starting"))
         try:
@@ -93,7 +93,7 @@ class ManagedProcess:
 
 @dataclass
 class Report:
-    """What a run did and found. `recovery`: the longest time from a fault's end to the next sync and poll."""
+    """The result of a run. `recovery`: the longest time from a fault's end to the next sync and poll, in seconds."""
 
     seed: int
     faults: Counter[str] = field(default_factory=Counter)
@@ -128,7 +128,7 @@ class Report:
 
 
 class Event(NamedTuple):
-    """Something to do, `at` seconds into the run. `rng` decides the rest, the same way in each replay."""
+    """A fault or change, `at` seconds after the start. `rng` makes its random choices, the same ones in each replay."""
 
     at: float
     kind: str
@@ -136,7 +136,7 @@ class Event(NamedTuple):
 
 
 class ChaosRun:
-    """One seeded run over new databases."""
+    """Do one seeded run with new databases."""
 
     def __init__(self, seed: int, path: Path, cluster: PrivatePostgres) -> None:
         self.report = Report(seed)
@@ -253,24 +253,24 @@ class ChaosRun:
         return sorted(events, key=lambda event: event.at)
 
     def carry_out(self, event: Event) -> None:
-        """Carry an event out to its end, in a thread of its own."""
+        """Carry out an event completely. Called in a thread for each event."""
         action: Callable[[random.Random], None] = getattr(self, f"_{event.kind}")
         while True:
             try:
                 return action(event.rng)
-            except psycopg2.Error:  # the database is down: change it later
+            except psycopg2.Error:  # the database is down: try again later
                 if not self.in_fault_phase:
                     return
                 time.sleep(0.2)
             except FaultPhaseOver:
                 return
-            except Exception as error:  # noqa: BLE001  # nobody sees what a thread raises
+            except Exception as error:  # noqa: BLE001  # a thread's exception would be lost
                 self.report.violations.append(f"{event.kind} could not be done: {type(error).__name__} {error}")
                 return
 
     @contextlib.contextmanager
     def _fault(self, process: ManagedProcess | None, kind: str) -> Iterator[None]:
-        """Count a fault and note when it ends. Each process has one fault at a time; the next one waits."""
+        """Count a fault and record when it ends. Each process has one fault at a time; the next fault waits."""
         with process.lock if process else contextlib.nullcontext():
             if not self.in_fault_phase:
                 raise FaultPhaseOver
@@ -442,7 +442,7 @@ class ChaosRun:
         return self.report
 
     def _inject_faults(self, start: float) -> None:
-        """Carry out the schedule, with a check now and then; stop at a violation."""
+        """Carry out the schedule, and check every CHECK_EVERY seconds; stop at a violation."""
         threads, checked = [], time.monotonic()
         for event in self.schedule():
             time.sleep(max(0, start + event.at - time.monotonic()))
@@ -450,7 +450,7 @@ class ChaosRun:
             threads[-1].start()
             if time.monotonic() - checked > CHECK_EVERY and not self.report.violations:
                 checked = time.monotonic()
-                # The records match only when everything has ended.
+                # Omit records_match: the records match only after every message has ended.
                 self._check([check for check in event_log.CHECKS if check is not event_log.records_match])
             if self.report.violations:
                 break
@@ -472,7 +472,9 @@ class ChaosRun:
         try:
             wait_until(self._has_ended, RECOVERY_PHASE)
         except AssertionError:
-            self.report.violations.append(f"not everything has ended {RECOVERY_PHASE} s after the last fault")
+            self.report.violations.append(
+                f"some items or batches have not ended {RECOVERY_PHASE} s after the last fault"
+            )
 
     def _has_ended(self) -> bool:
         quinn = """
@@ -483,7 +485,7 @@ class ChaosRun:
         time.sleep(0.2)
         left = 0
         for part, sql in {"quinn": quinn, "icloud": icloud}.items():
-            with contextlib.closing(db.connect(self.urls[part])) as conn:  # type: ignore[index]  # a Part
+            with contextlib.closing(db.connect(self.urls[part])) as conn:  # type: ignore[index]  # a DatabaseName
                 left += db.query(conn, sql)[0][0]
         return left == 0
 
@@ -495,10 +497,10 @@ class ChaosRun:
             return EventLog(event_log.read(quinn, icloud), self.path.glob("*.device"))
 
     def _check(self, checks: Sequence[event_log.Check]) -> None:
-        """Add what the checks find to the report."""
+        """Run the checks and add their violations to the report."""
         try:
             events = self._read_events()
-        except psycopg2.Error:  # the database is down: the next check reads all
+        except psycopg2.Error:  # the database is down: the next check covers the same events
             return
         report = self.report
         found = event_log.violations(events, checks)
@@ -510,7 +512,7 @@ class ChaosRun:
         report.recovery = self._longest_recovery(events)
 
     def _longest_recovery(self, events: EventLog) -> float:
-        """Return the longest time from a fault's end to the next sync and poll, in spite of the faults after it."""
+        """Return the longest time from a fault's end to the next sync and poll; it may contain later faults."""
         polls = sorted(at for log in self.path.glob("*.device") for at in simulated_mac.polls(log))
         longest = 0.0
         for end in self.fault_ends:
@@ -527,7 +529,7 @@ class ChaosRun:
 
 
 def chaos_run(seed: int, path: Path) -> Report:
-    """Do one run over a PostgreSQL of its own, under `path`."""
+    """Do one run with its own PostgreSQL in `path`."""
     cluster = PrivatePostgres(path / "postgres")
     try:
         return ChaosRun(seed, path, cluster).run()
@@ -537,12 +539,12 @@ def chaos_run(seed: int, path: Path) -> Report:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Break everything at random, and count what is lost or sent twice.",
-        epilog="example, which replays the run of seed 7: make soak SEED=7 SECONDS=1",
+        description="Inject random faults, and count the messages that are lost or sent twice.",
+        epilog="examples: make soak; make soak SEED=7 SECONDS=1 (replays the run of seed 7)",
     )
-    parser.add_argument("--seconds", type=int, default=60, help="no new run begins after these; default %(default)s")
+    parser.add_argument("--seconds", type=int, default=60, help="start no new run after this time; default %(default)s")
     parser.add_argument(
-        "--seed", type=int, default=1, help="of the first run, plus 1 for each next one; default %(default)s"
+        "--seed", type=int, default=1, help="of the first run; each next run adds 1; default %(default)s"
     )
     arguments = parser.parse_args()
     end = time.monotonic() + arguments.seconds

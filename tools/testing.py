@@ -1,6 +1,6 @@
-"""Provide what the tests and chaos.py share: databases, their content, processes, and waiting.
+"""Provide databases, test data, processes and wait_until() for the tests and chaos.py.
 
-Used by tests/conftest.py, the tests and chaos.py. Touches the tables of the databases that it is given. Example:
+Used by tests/conftest.py, the tests and chaos.py. Touches every table of its test databases. Example:
 
     data = TestData(databases); data.batch(clients=2); wait_until(lambda: data.statuses() == ["sent", "sent"])
 """
@@ -46,14 +46,14 @@ def on_database(url: str, name: str) -> str:
 
 
 def free_port() -> int:
-    """Return a TCP port of this host that nobody listens on now."""
+    """Return a TCP port of this host that is free now."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         return int(sock.getsockname()[1])
 
 
 def kill_postgres(postmaster: Any) -> None:
     """Send SIGKILL to all processes of a PostgreSQL, given psutil's process of its postmaster."""
-    postmaster.suspend()  # else it could start another process between the next two lines
+    postmaster.suspend()  # a running postmaster could start a process between the next two lines
     processes = [postmaster, *postmaster.children()]
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
@@ -63,7 +63,7 @@ def kill_postgres(postmaster: Any) -> None:
 
 
 class PrivatePostgres:
-    """A PostgreSQL that no other test uses. After a kill, `start` brings it back at the same URL."""
+    """Run a PostgreSQL that no other test uses. After a kill, start() restarts it with the same URL."""
 
     def __init__(self, directory: Path) -> None:
         self.url = db.embedded(directory)
@@ -73,12 +73,12 @@ class PrivatePostgres:
         kill_postgres(self.server.get_postmaster_info().process)
 
     def start(self) -> None:
-        """Start it; return when it accepts connections."""
+        """Start PostgreSQL; return when it accepts connections."""
         self.server.ensure_postgres_running()
 
 
 class Clone:
-    """A clone of a template, which one test after another uses."""
+    """A clone of a template database. Tests use it one after another."""
 
     def __init__(self, server_url: str, template: str) -> None:
         self.server_url = server_url
@@ -93,7 +93,7 @@ class Clone:
         self.name = f"{self.template.replace('template', 'test')}_{next(numbers)}"
         self.url = on_database(self.server_url, self.name)
         with contextlib.closing(db.connect(self.server_url)) as server:
-            # A third of the time that the default takes; before 15 it is the only way.
+            # Takes a third of the default's time. Before PostgreSQL 15 it is the only strategy.
             strategy = "STRATEGY file_copy" if server.server_version >= 150_000 else ""
             db.query(server, f"CREATE DATABASE {self.name} TEMPLATE {self.template} {strategy}")
         self.conn: Any = db.connect(self.url)
@@ -108,7 +108,7 @@ class Clone:
             db.query(server, f"DROP DATABASE {self.name} WITH (FORCE)")
 
     def reset(self) -> None:
-        """Undo what the last test did, or replace the clone where TRUNCATE cannot undo it."""
+        """Empty the tables. If the last test changed the schema, replace the clone."""
         with contextlib.suppress(psycopg2.Error):
             self._empty()
             if self._catalogue() == self.unused_catalogue:
@@ -118,13 +118,13 @@ class Clone:
         self._empty()
 
     def _empty(self) -> None:
-        """End all other sessions, release what this one holds, and leave only the rows that migrate made."""
+        """End all other sessions, reset this session, and delete all rows except those that migrate inserted."""
         others = """
             SELECT pg_terminate_backend(pid) FROM pg_stat_activity
              WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> pg_backend_pid()
         """
-        # TRUNCATE leaves other statistics of an index than CREATE INDEX. So that all tests find the same ones, each
-        # table of a clone is truncated once, and after that whenever a test has written to it.
+        # TRUNCATE and CREATE INDEX leave different statistics of an index, and all tests need the same plans. So
+        # truncate each table of a clone once, and again whenever a test has written to it.
         written_tables = """
             SELECT string_agg(oid::regclass::text, ', ')
               FROM pg_class AS c
@@ -143,7 +143,7 @@ class Clone:
             db.query(self.conn, sql, {"rows": rows})
 
     def _catalogue(self) -> str:
-        """A digest of the schema and of all that the planner knows of the tables. PostgreSQL's own OIDs are lower."""
+        """Return a digest of the schema and the planner's statistics. PostgreSQL's own OIDs are below 16384."""
         sql = """
             SELECT md5(string_agg(line, '' ORDER BY line))
               FROM (SELECT (to_jsonb(c) - '{relfilenode,relfrozenxid,relminmxid}'::text[])::text
@@ -165,7 +165,7 @@ class Clone:
 
 
 class TestData:
-    """Insert and read what a test's databases hold. The settings start with no limit, gap or quiet hours."""
+    """Insert and read the rows of a test's databases. At the start, no limit, gap or quiet hours are set."""
 
     __test__ = False  # not a class of tests, in spite of its name
 
@@ -196,7 +196,7 @@ class TestData:
         return str(self.icloud(sql, name=name, token=token or name)[0][0])
 
     def client(self, handle: str | None = "+14155550123") -> str:
-        """Insert a client, with a primary handle unless that is None; return its id."""
+        """Insert a client, with a primary handle unless `handle` is None; return its id."""
         client_id = self.quinn("INSERT INTO clients (name) VALUES ('somebody') RETURNING id")[0][0]
         if handle:
             sql = "INSERT INTO contact_relationships VALUES (%(client_id)s, %(handle)s, true)"
@@ -204,7 +204,7 @@ class TestData:
         return str(client_id)
 
     def batch(self, clients: list[str] | int = 0, status: str = "sending", **columns: Any) -> str:
-        """Insert a batch with an item for each client (an integer: for so many new clients); return its id."""
+        """Insert a batch with an item for each client (an integer: the number of new clients); return its id."""
         sql = "INSERT INTO outreach_batches (template, status) VALUES ('hello', %(status)s) RETURNING id"
         batch_id = str(self.quinn(sql, status=status)[0][0])
         for name, value in columns.items():
@@ -236,7 +236,7 @@ class TestData:
 
 
 class Script:
-    """Run a script of the product as a process, its stderr in a file."""
+    """Run a script of the product as a process, with its stderr in a file."""
 
     def __init__(self, log: Path, *arguments: str, **environment: str) -> None:
         self.log = log
@@ -270,10 +270,10 @@ class Script:
 
 
 def wait_until(look: Callable[[], T | None], seconds: float = 15, pause: float = 0.02) -> T:
-    """Call `look` until it returns something true, and return that. Fail after `seconds`."""
+    """Call `look` until its result is true, and return the result. Fail after `seconds`."""
     end = time.monotonic() + seconds
     while not (found := look()):
-        assert time.monotonic() < end, f"nothing within {seconds} s"
+        assert time.monotonic() < end, f"not true within {seconds} s"
         time.sleep(pause)
     return found
 
