@@ -213,7 +213,7 @@ def _stop_after_opt_outs(quinn: Connection, icloud: Connection) -> list[db.Row]:
           FROM icloud.opt_outs
          WHERE ended_at IS NULL AND created_at > %(since)s
            AND EXISTS (SELECT FROM icloud.opt_outs
-                        WHERE ended_at IS NULL AND created_at > COALESCE(%(last_synced)s, '-infinity'))
+                        WHERE ended_at IS NULL AND created_at > COALESCE(%(last_synced)s::timestamptz, '-infinity'))
     """
     stop = """
         WITH lost AS MATERIALIZED (

@@ -270,8 +270,7 @@ def collect(database: db.RetryingConnection, queue_id: str) -> Data:
             RETURNING id
         )
         SELECT target.id, to_handle, body, created_at, batch_item_id, attempt, drafted_at,
-               is_here, status = 'queued', collected_at IS NULL,
-               status = 'queued' AND collected_at IS NULL AND handle_key IS NULL,
+               is_here, status = 'queued', collected_at IS NULL, status = 'queued' AND handle_key IS NULL,
                collected.id IS NOT NULL,
                COALESCE(collect_id = %(collect_id)s, false),
                is_allowed AND collected_at >= now() - %(again)s::interval
@@ -411,19 +410,19 @@ def _resolve(database: db.RetryingConnection, parameters: Data) -> Data:
                    failure_reason = 'withdrawn: the attempt before it was sent after all'
              WHERE id = (SELECT id FROM retry WHERE status = 'queued' AND collected_at IS NULL)
             RETURNING id
-        ), only AS (
+        ), free AS (
             SELECT NOT EXISTS (SELECT FROM retry) OR EXISTS (SELECT FROM withdrawn) AS is_free
         ), resolved AS (
             UPDATE icloud.send_queue
                SET status = %(status)s, outcome = NULL, failure_reason = %(reason)s, watched_until = NULL,
                    sent_at = CASE WHEN %(status)s = 'sent' THEN updated_at END,
                    delivered_at = to_timestamp(%(delivered_at)s), late_error = %(late_error)s, updated_at = now()
-             WHERE id = (SELECT id FROM target) AND (SELECT is_free FROM only)
+             WHERE id = (SELECT id FROM target) AND (SELECT is_free FROM free)
             RETURNING id
         ), noted AS (
             UPDATE icloud.send_queue
                SET late_error = COALESCE(late_error, 'it was sent after all, and a retry was on its way')
-             WHERE id = (SELECT id FROM target) AND NOT (SELECT is_free FROM only)
+             WHERE id = (SELECT id FROM target) AND NOT (SELECT is_free FROM free)
             RETURNING id
         )
         SELECT (SELECT count(*) FROM resolved), (SELECT count(*) FROM noted)

@@ -28,7 +28,17 @@ import pytest
 import responses
 import schedule
 from helpers import ApiClient
-from testing import SERVICE_TOKEN, Clone, Databases, PrivatePostgres, Script, TestData, numbers, on_database
+from testing import (
+    SERVICE_TOKEN,
+    Clone,
+    Databases,
+    DeviceClient,
+    PrivatePostgres,
+    Script,
+    TestData,
+    numbers,
+    on_database,
+)
 
 import db
 import dispatcher
@@ -200,6 +210,18 @@ def base_url(databases: Databases) -> Iterator[str]:
     server.stop()
     thread.join()
     server.close()
+
+
+@pytest.fixture
+def device_id(world: TestData) -> str:
+    """A device whose token is its name, mac-mini."""
+    return world.device("mac-mini")
+
+
+@pytest.fixture
+def mini(base_url: str, device_id: str) -> DeviceClient:
+    """That device's client of the server."""
+    return DeviceClient(base_url)
 
 
 @pytest.fixture

@@ -149,6 +149,20 @@ def report_all(base_url: str, token: str, status: str = "sent", error: str | Non
 # --- times and holds ----------------------------------------------------------------------------------
 
 
+def enqueue(base_url: str, device_id: str, item_id: str, **fields: object) -> requests.Response:
+    """Ask the server to enqueue a message of an item."""
+    message = {"batchItemId": item_id, "deviceId": device_id, "toHandle": "+14155550123", "body": "Hello!", **fields}
+    headers = {"Authorization": f"Bearer {SERVICE_TOKEN}"}
+    return requests.post(f"{base_url}/admin/send-queue/enqueue", json=message, headers=headers, timeout=10)
+
+
+def enqueued(base_url: str, device_id: str, item_id: str, **fields: object) -> str:
+    """Enqueue a message of an item; return its row's id."""
+    response = enqueue(base_url, device_id, item_id, **fields)
+    assert response.status_code == 200, response.text
+    return str(response.json()["data"]["sendQueueId"])
+
+
 def ago(seconds: float = 0, **length: float) -> datetime:
     """Return the time that was so many seconds ago, or `minutes=`, `hours=` and so on."""
     return datetime.now(UTC) - timedelta(seconds=seconds, **length)

@@ -15,12 +15,14 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import psycopg2
 import psycopg2.extensions
+import requests
 
 import db
 
@@ -195,6 +197,21 @@ class TestData:
         sql = "INSERT INTO icloud.devices (name, token) VALUES (%(name)s, %(token)s) RETURNING id"
         return str(self.icloud(sql, name=name, token=token or name)[0][0])
 
+    def row(self, device_id: str, **columns: Any) -> str:
+        """Insert a message into a device's queue, as SQL by hand does; return its id."""
+        values = {"device_id": device_id, "to_handle": "+14155550123", "body": "Hello!", **columns}
+        names, places = ", ".join(values), ", ".join(f"%({name})s" for name in values)
+        sql = f"INSERT INTO icloud.send_queue ({names}) VALUES ({places}) RETURNING id"
+        return str(self.icloud(sql, **values)[0][0])
+
+    def set_row(self, row_id: str, assignments: str) -> None:
+        self.icloud(f"UPDATE icloud.send_queue SET {assignments} WHERE id = %(id)s", id=row_id)
+
+    def row_columns(self, row_id: str, columns: str) -> Any:
+        """Return columns of a message; a single one without a tuple around it."""
+        [found] = self.icloud(f"SELECT {columns} FROM icloud.send_queue WHERE id = %(id)s", id=row_id)
+        return found if len(found) > 1 else found[0]
+
     def client(self, handle: str | None = "+14155550123") -> str:
         """Insert a client, with a primary handle unless `handle` is None; return its id."""
         client_id = self.quinn("INSERT INTO clients (name) VALUES ('somebody') RETURNING id")[0][0]
@@ -233,6 +250,46 @@ class TestData:
              ORDER BY created_at, id
         """
         return [status for (status,) in self.quinn(sql, batch_id=batch_id)]
+
+
+class DeviceClient:
+    """Call the device's endpoints, as a Mac with this token. Each response must be JSON of the promised form."""
+
+    def __init__(self, base_url: str, token: str = "mac-mini", instance: str = "this Mac") -> None:
+        self.base_url = f"{base_url}/client/imessage"
+        self.headers = {"Authorization": f"Bearer {token}"}
+        self.instance = instance
+
+    def call(self, method: str, path: str, body: Any = None) -> requests.Response:
+        response = requests.request(method, self.base_url + path, headers=self.headers, json=body, timeout=10)
+        content = response.json()
+        assert content["success"] is (response.status_code == 200), content
+        return response
+
+    def poll(self) -> list[dict[str, Any]]:
+        response = self.call("GET", "/send-queue/pending")
+        assert response.status_code == 200, response.text
+        return list(response.json()["data"]["items"])
+
+    def peek(self) -> dict[str, Any]:
+        response = self.call("GET", "/send-queue/pending?peek=true")
+        assert response.status_code == 200, response.text
+        return dict(response.json()["data"])
+
+    def collect(self, row_id: str, collect_id: str | None = None) -> requests.Response:
+        body = {"collectId": collect_id or str(uuid.uuid4()), "instance": self.instance}
+        return self.call("POST", f"/send-queue/{row_id}/collect", body)
+
+    def result(self, row_id: str, status: str = "sent", **more: object) -> requests.Response:
+        return self.call("POST", f"/send-queue/{row_id}/result", {"status": status, **more})
+
+    def health(self, problem: str | None, **more: object) -> requests.Response:
+        return self.call("POST", "/health", {"problem": problem, **more})
+
+    def opt_out(
+        self, handle: str = "+14155550123", word: str = "STOP", at: str = "2026-04-22T12:00:00Z"
+    ) -> requests.Response:
+        return self.call("POST", "/opt-outs", {"handle": handle, "word": word, "receivedAt": at})
 
 
 class Script:
