@@ -130,7 +130,7 @@ def test_operating_commands_work(world: TestData, server: tuple[Script, str]) ->
     batch_id = world.batch(1)
     world.item(batch_id, status="failed", failure_reason="not registered")
     blocks = [block for block in code_blocks(ROOT / "docs" / "operating.md", "sh") if not HOST_COMMANDS.search(block)]
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     done = run(blocks, MAC_SYNC_BASE_URL=server[1], BATCH_ID=batch_id)
     assert "1 failed items are pending again; the batch is sending" in done.stdout
     assert done.stdout.endswith("dispatch: 1 queued\n")
