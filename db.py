@@ -571,13 +571,12 @@ def release_device_command(name: str) -> int:
 
 def release_report(released: int, waiting: int) -> str:
     """Describe what releasing a device did to its messages, and the next steps."""
-    said = f"- {messages(released)} collected, without a result: now of unknown outcome. "
-    said += (
-        "If the Mac comes back, it still reports\n"
-        "  what it did. To send them again: python dispatcher.py --retry BATCH_ID --include-unknown\n"
-        if released
-        else "Nothing is changed.\n"
-    )
+    said = "- It has collected nothing without a result, so nothing is changed.\n"
+    if released:
+        said = (
+            f"- {messages(released)} collected, without a result: the outcome is unknown now. If the Mac comes\n"
+            "  back, it reports the outcome. To send again: python dispatcher.py --retry BATCH_ID --include-unknown\n"
+        )
     if waiting:
         said += (
             f"- {messages(waiting)} not collected: still waiting for this device. To let another device send them,\n"

@@ -314,9 +314,9 @@ def _warnings(
     if outreach and (unreadable := "".join(outreach.predicted_outcomes.values()).count(forecast.UNREADABLE)):
         found.append(forecast.unreadable_note(unreadable))
     has_hold = pacing.device_problem_hold(devices or (), now) is not None  # then the first line says it
+    if not has_hold:
+        found += [device.complaint for device in pacing.living(devices or (), now) if device.problem]
     for device in devices or ():
-        if device.problem and not has_hold:
-            found.append(device.complaint)
         if device.is_late(now):
             count = device.waiting + device.collected
             messages = f"{count} message{'s' if count > 1 else ''}"

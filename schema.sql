@@ -203,8 +203,9 @@ CREATE INDEX IF NOT EXISTS send_queue_ended
 CREATE UNIQUE INDEX IF NOT EXISTS opt_outs_active ON icloud.opt_outs (handle_key) WHERE ended_at IS NULL;
 -- A reply is recorded once, however often it is reported.
 CREATE UNIQUE INDEX IF NOT EXISTS opt_outs_reply ON icloud.opt_outs (handle_key, received_at) WHERE source = 'reply';
--- The latest ones, for a batch from which too many opt out.
-CREATE INDEX IF NOT EXISTS opt_outs_latest ON icloud.opt_outs (created_at) WHERE ended_at IS NULL;
+-- The latest ones, for a batch from which too many opt out. Not partial: the planner might read it whole in place of
+-- opt_outs_active, to look up one handle.
+CREATE INDEX IF NOT EXISTS opt_outs_by_time ON icloud.opt_outs (created_at);
 
 -- part: quinn ----------------------------------------------------------------------------------------
 

@@ -687,9 +687,10 @@ def _is_peek() -> bool:
 def _add_keys(database: db.RetryingConnection, rows: Sequence[tuple[str, str]]) -> None:
     """Give rows that were made without the server their handle_key, by which opt-outs are looked up."""
     sql = """
-        UPDATE icloud.send_queue AS message SET handle_key = keyed.key
-          FROM unnest(%(ids)s::text[]::uuid[], %(keys)s::text[]) AS keyed (id, key)
-         WHERE message.id = keyed.id AND handle_key IS NULL
+        UPDATE icloud.send_queue AS message
+           SET handle_key = (SELECT key FROM unnest(%(ids)s::text[]::uuid[], %(keys)s::text[]) AS keyed (id, key)
+                              WHERE keyed.id = message.id)
+         WHERE id = ANY (%(ids)s::text[]::uuid[]) AND handle_key IS NULL
     """
     ids, keys = [row_id for row_id, _ in rows], [handles.key(to_handle) for _, to_handle in rows]
     database.query(sql, {"ids": ids, "keys": keys})

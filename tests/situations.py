@@ -230,6 +230,71 @@ def all_have_ended(world: TestData) -> None:
     world.item(world.batch(status="sent"), status="failed", failure_reason="not registered")
 
 
+DISK = "Full Disk Access is missing for /usr/bin/python3"
+
+
+def mac_says(world: TestData, name: str = "mac-mini", problem: str = DISK) -> None:
+    sql = "UPDATE icloud.devices SET problem = %(problem)s, problem_at = now() WHERE name = %(name)s"
+    world.icloud(sql, name=name, problem=problem)
+
+
+def mac_says_and_paused(world: TestData) -> None:
+    paused(world)
+    mac_says(world, problem=f"{DISK}.")
+
+
+def mac_says_and_stopped(world: TestData) -> None:
+    stopped(world)
+    mac_says(world)
+
+
+def another_mac(world: TestData) -> None:
+    world.device("mac-2")
+    world.icloud("UPDATE icloud.devices SET last_seen_at = now() - interval '3 seconds'")
+
+
+def both_macs_say(world: TestData) -> None:
+    another_mac(world)
+    mac_says(world)
+    mac_says(world, "mac-2", "Messages is signed out")
+
+
+def one_of_two_macs_says(world: TestData) -> None:
+    sending(world)
+    another_mac(world)
+    mac_says(world, "mac-2")
+
+
+def one_of_two_macs_holds_the_limit(world: TestData) -> None:
+    sending(world)
+    uncollected_items(world, 2)
+    another_mac(world)
+    mac_says(world)
+    world.settings(max_per_minute=2)
+
+
+def a_mac_that_is_gone_says(world: TestData) -> None:
+    one_of_two_macs_says(world)
+    world.icloud("UPDATE icloud.devices SET last_seen_at = now() - interval '25 hours' WHERE name = 'mac-2'")
+
+
+def batch_stopped_itself(world: TestData) -> None:
+    world.batch(clients=1, status="paused", digest="d", pause_reason="the last 5 messages failed")
+
+
+def batch_stopped_itself_beside_another(world: TestData) -> None:
+    batch_stopped_itself(world)
+    sending(world)
+
+
+def outcome_unknown(world: TestData, days: float = 7) -> None:
+    world.item(world.batch(status="sent"), status="failed", outcome_unknown_at=ago(days=days))
+
+
+def outcome_unknown_long_ago(world: TestData) -> None:
+    outcome_unknown(world, days=9)
+
+
 # The situation, the first line of status.py, and its exit status.
 SITUATIONS: list[tuple[Situation, str, int]] = [
     (idle, r"Nothing to send\.", 0),
@@ -271,4 +336,15 @@ SITUATIONS: list[tuple[Situation, str, int]] = [
     (stopped, r"Dispatcher not running: last tick 11 min ago\.", 1),
     (never_ran, r"Dispatcher not running: it has not run yet\.", 1),
     (stopped_and_paused, r"Dispatcher not running: last tick 2 h ago\.", 1),
+    (mac_says, rf"Held: mac-mini says: {DISK}\.", 1),
+    (mac_says_and_paused, rf"Held: mac-mini says: {DISK}\.", 1),
+    (mac_says_and_stopped, rf"Held: mac-mini says: {DISK}\.", 1),
+    (both_macs_say, rf"Held: mac-mini says: {DISK}; mac-2 says: Messages is signed out\.", 1),
+    (one_of_two_macs_says, r"Sending: next item of batch .*", 1),
+    (one_of_two_macs_holds_the_limit, rf"Held: mac-mini says: {DISK}; 2 messages in flight\.", 1),
+    (a_mac_that_is_gone_says, r"Sending: next item of batch .*", 0),
+    (batch_stopped_itself, r"Held: batch [0-9a-f]{8}… paused itself: the last 5 messages failed\.", 1),
+    (batch_stopped_itself_beside_another, r"Sending: next item of batch .*", 1),
+    (outcome_unknown, r"Nothing to send\.", 1),
+    (outcome_unknown_long_ago, r"Nothing to send\.", 0),
 ]

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 
 import pytest
 from helpers import PENDING, ApiClient, queue_row
-from testing import TestData
+from testing import DeviceClient, TestData
 
 import db
 import dispatcher
@@ -85,7 +85,9 @@ def test_rename_device_keeps_its_token(world: TestData, base_url: str, capsys: p
     assert capsys.readouterr().err == "db.py: there is a device 'other' already: choose another name\n"
 
 
-COMMANDS = (["new-token", "mac"], ["rename-device", "mac", "new"], ["remove-device", "mac", "--yes"])
+COMMANDS = (
+    ["new-token", "mac"], ["rename-device", "mac", "new"], ["release-device", "mac"], ["remove-device", "mac", "--yes"],
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=[command[0] for command in COMMANDS])
@@ -103,7 +105,8 @@ def test_unknown_or_ambiguous_device_is_an_error(
     assert world.icloud("SELECT * FROM icloud.devices ORDER BY id") == before
     assert db.main([command[0], ids[0], *command[2:]]) == 0
     changed = world.icloud("SELECT * FROM icloud.devices ORDER BY id")
-    assert [row for row in before if row not in changed] == [row for row in before if row[0] == ids[0]]
+    touched = [row for row in before if row[0] == ids[0]] if command[0] != "release-device" else []
+    assert [row for row in before if row not in changed] == touched
 
 
 def test_remove_device_needs_yes(world: TestData, base_url: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,3 +167,47 @@ def test_device_needs_a_name(capsys: pytest.CaptureFixture[str], command: str) -
     with pytest.raises(SystemExit, match="2"):
         db.main([command, *["mac"] * (command == "rename-device"), " "])
     assert "a device needs a name" in capsys.readouterr().err
+
+
+def test_release_device_ends_what_it_has_collected_as_unknown_and_nothing_else(
+    world: TestData, base_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device, other = world.device("mac mini", token="mini"), world.device("other")
+    collected = [queue_row(world, None, device, collected_at="2026-01-02") for _ in range(2)]
+    waiting = queue_row(world, None, device)
+    others = queue_row(world, None, other, collected_at="2026-01-02")
+    done = queue_row(world, None, device, status="sent", sent_at="2026-01-02", collected_at="2026-01-02")
+    before = [world.row_columns(row_id, "*") for row_id in (waiting, others, done)]
+    assert db.main(["release-device", "mac mini"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(
+        f"device 'mac mini', {device}, last seen: never\n- 2 messages collected, without a result: the"
+    )
+    assert "python dispatcher.py --retry BATCH_ID --include-unknown\n" in said
+    assert "- 1 message not collected: still waiting for this device." in said
+    for row_id in collected:
+        assert world.row_columns(row_id, "status, outcome, watched_until") == ("failed", "unknown", None)
+    assert [world.row_columns(row_id, "*") for row_id in (waiting, others, done)] == before
+    mac = DeviceClient(base_url, "mini")
+    assert mac.collect(collected[0]).json()["data"]["reason"] == "gone"
+    assert mac.result(collected[0]).json()["data"] == {"id": collected[0], "status": "sent"}, "the Mac came back"
+    assert db.main(["release-device", "mac mini"]) == 0
+    assert "- It has collected nothing without a result, so nothing is changed.\n" in capsys.readouterr().out
+
+
+def test_a_dead_mac_does_not_hold_the_limits_of_all_once_it_is_released(
+    world: TestData, mac_sync: dispatcher.SendQueueClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = world.device("dead")
+    item_id = world.item(world.batch(), status="queued")
+    row_id = queue_row(world, item_id, device, collected_at="2026-01-02")
+    world.quinn("UPDATE outreach_batch_items SET send_queue_id = %(row)s", row=row_id)
+    world.batch(clients=1)
+    world.settings(max_per_minute=1)
+    assert dispatcher.dispatch(world.databases.quinn, world.databases.icloud, mac_sync)["queued"] == 0
+    db.main(["release-device", "dead"])
+    dispatcher.sync(world.databases.quinn, world.databases.icloud)
+    world.quinn(
+        "UPDATE outreach_batch_items SET outcome_unknown_at = now() - interval '1 minute' WHERE status = 'failed'"
+    )
+    assert dispatcher.dispatch(world.databases.quinn, world.databases.icloud, mac_sync)["queued"] == 1

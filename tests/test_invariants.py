@@ -5,6 +5,7 @@ import logging
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -24,10 +25,11 @@ from helpers import (
     sync,
     tick,
 )
-from testing import SERVICE_TOKEN, Script, TestData, wait_until
+from testing import SERVICE_TOKEN, DeviceClient, Script, TestData, wait_until
 
 import db
 import dispatcher
+from report import report as read_report
 
 
 def test_1_kills_after_commit_leave_one_row(world: TestData, server: tuple[Script, str], base_url: str) -> None:
@@ -312,4 +314,73 @@ def test_10_bad_input_gets_4xx_and_writes_nothing(world: TestData, base_url: str
             assert 400 <= response.status_code < 500, body
             assert response.json()["success"] is False
             assert len(response.json()["error"]) > 10
-    assert row_statuses(world) == []
+    mac = {"Authorization": "Bearer mini"}
+    row_id = world.row(device_id)
+    for path, body in BAD_FROM_DEVICES:
+        response = requests.post(
+            f"{base_url}/client/imessage/{path.format(id=row_id)}", headers=mac, json=body, timeout=5
+        )
+        assert 400 <= response.status_code < 500, (path, body)
+        assert len(response.json()["error"]) > 10
+    assert row_statuses(world) == [("queued", False)]
+    assert world.icloud("SELECT collected_at FROM icloud.send_queue") == [(None,)]
+    assert world.icloud("SELECT problem, instance, opt_outs FROM icloud.devices") == [(None, None, 0)]
+
+
+BAD_FROM_DEVICES: list[tuple[str, Any]] = [
+    *(("send-queue/{id}/collect", body) for body in ({}, {"collectId": "1", "instance": "a"}, {"collectId": None})),
+    *(("send-queue/{id}/result", body) for body in ({}, {"status": "sent", "outcome": "unknown"}, {"status": None})),
+    *(("health", body) for body in ({}, {"problem": 1}, {"problem": ""}, {"problem": None, "version": "\0"})),
+    *(("opt-outs", {"handle": "+14155550123", "word": word, "receivedAt": at})
+      for word, at in (("maybe", "2026-04-22T12:00:00Z"), ("STOP", "today"), (None, None))),
+]  # fmt: skip
+
+
+def test_11_what_may_have_been_sent_is_sent_again_only_when_somebody_asks_for_it_by_name(
+    world: TestData, mini: DeviceClient, mac_sync: dispatcher.SendQueueClient
+) -> None:
+    batch_id = world.batch(clients=1)
+    tick(world, mac_sync)
+    [item] = mini.peek()["items"]
+    mini.collect(item["id"])
+    mini.result(item["id"], "failed", outcome="unknown", error="no trace of it")
+    for _ in range(3):  # however often the jobs run, and whatever else is retried
+        sync(world)
+        tick(world, mac_sync)
+        assert dispatcher.run_retry(batch_id) == 0
+        assert mini.peek()["items"] == []
+        assert read_report(timedelta(seconds=30)).warnings == ["1 message whose outcome is unknown: look at the Mac"]
+    assert dispatcher.run_retry(batch_id, include_unknown=True) == 0
+    tick(world, mac_sync)
+    assert [again["attempt"] for again in mini.peek()["items"]] == [2]
+
+
+def test_12_nothing_is_collected_for_a_handle_after_its_opt_out_is_recorded(
+    world: TestData, mini: DeviceClient, base_url: str, device_id: str
+) -> None:
+    """Rows come and go while the person opts out: what is collected after the response was collected before it."""
+    url = f"{base_url}/admin/send-queue/enqueue"
+    headers = {"Authorization": f"Bearer {SERVICE_TOKEN}"}
+    ended = threading.Event()
+
+    def enqueue_and_collect(collect: bool) -> None:
+        while not ended.is_set():
+            message = {"batchItemId": str(uuid.uuid4()), "deviceId": device_id, "toHandle": HANDLE, "body": "Hello!"}
+            requests.post(url, json=message, headers=headers, timeout=5)
+            for item in mini.peek()["items"] if collect else mini.poll():
+                mini.collect(item["id"])
+
+    with ThreadPoolExecutor(6) as threads:
+        for turn in range(5):
+            ended.clear()
+            running = [threads.submit(enqueue_and_collect, collect) for collect in (True, False, True, False)]
+            wait_until(lambda: world.icloud("SELECT 1 FROM icloud.send_queue WHERE collected_at IS NOT NULL"))
+            assert mini.opt_out(HANDLE, at=f"2026-04-22T12:00:0{turn}Z").status_code == 200
+            [(collected,)] = world.icloud("SELECT count(*) FROM icloud.send_queue WHERE collected_at IS NOT NULL")
+            ended.set()
+            for each in running:
+                each.result(10)
+            after = "SELECT count(*) FROM icloud.send_queue WHERE collected_at IS NOT NULL"
+            assert world.icloud(after) == [(collected,)]
+            mini.opt_out(HANDLE, "START", "2026-04-22T13:00:00Z")
+            world.icloud("DELETE FROM icloud.send_queue")

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 import pytest
 import requests
 from helpers import plan_nodes, record_statements
-from testing import SERVICE_TOKEN, Databases, TestData
+from testing import SERVICE_TOKEN, Databases, DeviceClient, TestData
 
 import db
 import dispatcher
 
 HISTORY = 100_000  # finished rows of the queue, and sent items
+ENDED_BADLY = 10_000  # of each: items of unknown outcome, of long ago; opt-outs, active and ended
 OTHERS = 500  # messages that wait, uncollected, for another device; and pending items of a paused batch
 BATCHES, ITEMS = 100, 100  # sending batches, and pending items of each
-TABLES = {"send_queue", "outreach_batch_items", "contact_relationships"}
+TABLES = {"send_queue", "outreach_batch_items", "contact_relationships", "opt_outs"}
 # What one statement may read: some rows and pages for each batch and for the handful that is in hand.
 MAX_ROWS = 6 * BATCHES
 MAX_BUFFERS = 40 * BATCHES
@@ -60,15 +61,33 @@ def fill_history(databases: Databases, device: str) -> None:
                now() - n * interval '15 minutes', gen_random_uuid(), %(device)s
           FROM generate_series(1, %(count)s) AS n
     """
+    unknown = """
+        INSERT INTO outreach_batch_items
+               (batch_id, client_id, rendered_body, status, outcome_unknown_at, queued_at, send_queue_id, device_id)
+        SELECT md5('batch' || n %% 100)::uuid, md5('client' || n %% 500)::uuid, 'Hello!', 'failed',
+               now() - interval '9 days' - n * interval '1 minute', now() - interval '9 days', gen_random_uuid(),
+               %(device)s
+          FROM generate_series(1, %(count)s) AS n
+    """
+    opt_outs = """
+        INSERT INTO icloud.opt_outs (handle_key, word, source, device_id, received_at, created_at, ended_at, ended_by)
+        SELECT '+1212555' || lpad(n::text, 5, '0'), 'STOP', 'reply', %(device)s, moment, moment,
+               CASE ended WHEN 1 THEN moment END, CASE ended WHEN 1 THEN 'START' END
+          FROM generate_series(1, %(count)s) AS n, generate_series(0, 1) AS ended,
+               LATERAL (SELECT now() - interval '1 day' - (2 * n + ended) * interval '1 minute') AS past (moment)
+    """
     db.query(databases.icloud, rows, {"device": device, "count": HISTORY})
     db.query(databases.quinn, items, {"device": device, "count": HISTORY})
+    db.query(databases.quinn, unknown, {"device": device, "count": ENDED_BADLY})
+    db.query(databases.icloud, opt_outs, {"device": device, "count": ENDED_BADLY})
 
 
 def fill_waiting(databases: Databases, other: str) -> None:
-    """Insert rows that wait for another device, a paused batch, and many sending batches."""
+    """Insert rows that wait for another device, a paused batch, and many sending batches, half of them composed."""
     uncollected = """
-        INSERT INTO icloud.send_queue (device_id, to_handle, body, batch_item_id)
-        SELECT %(device)s, '+14155550123', 'Hello!', gen_random_uuid() FROM generate_series(1, %(count)s)
+        INSERT INTO icloud.send_queue (device_id, to_handle, body, batch_item_id, handle_key)
+        SELECT %(device)s, '+14155550123', 'Hello!', gen_random_uuid(), '+1312555' || n
+          FROM generate_series(1, %(count)s) AS n
     """
     paused = """
         WITH batch AS (
@@ -80,11 +99,14 @@ def fill_waiting(databases: Databases, other: str) -> None:
     clients = """
         INSERT INTO contact_relationships (client_id, handle, is_primary)
         SELECT md5('client' || n)::uuid, '+14155550123', true FROM generate_series(1, 10000) AS n
+         UNION ALL
+        SELECT md5('client' || n)::uuid, n || '@example.com', false FROM generate_series(1, 10000) AS n
     """
     sending = """
         WITH batch AS (
-            INSERT INTO outreach_batches (template, status)
-            SELECT 'hello', 'sending' FROM generate_series(1, %(batches)s)
+            INSERT INTO outreach_batches (template, status, digest, approved_at)
+            SELECT 'hello', 'sending', CASE WHEN n %% 2 = 0 THEN 'digest' END, now() - interval '1 hour'
+              FROM generate_series(1, %(batches)s) AS n
             RETURNING id
         )
         INSERT INTO outreach_batch_items (batch_id, client_id, rendered_body, created_at)
@@ -109,6 +131,7 @@ def run_a_day(world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClie
             dispatcher.dispatch(quinn, icloud, nobody)
         dispatcher.sync(quinn, icloud)
         dispatcher.dispatch(quinn, icloud, mac_sync)
+        run_the_mac(world, base_url)
         pending = f"{base_url}/client/imessage/send-queue/pending"
         for item in device.get(pending, timeout=5).json()["data"]["items"][:3]:
             result = f"{base_url}/client/imessage/send-queue/{item['id']}/result"
@@ -118,6 +141,30 @@ def run_a_day(world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClie
         world.settings(paused=True)
         dispatcher.sync(quinn, icloud)
         world.settings(paused=False)
+
+
+def run_the_mac(world: TestData, base_url: str) -> None:
+    """Do what a Mac does that peeks: each outcome, what comes later, a STOP, and a START."""
+    with world.databases.icloud.cursor() as past_the_spy:  # what an earlier day's poll collected would be refused
+        past_the_spy.execute(
+            "UPDATE icloud.send_queue SET status = 'failed' WHERE status = 'queued' AND collected_at < now()"
+        )
+    mac = DeviceClient(base_url, "mini")
+    mac.health(None)
+    outcomes: list[dict[str, str]] = [
+        {"status": "sent"}, {"status": "failed", "outcome": "unknown"}, {"status": "failed", "outcome": "unknown"},
+        {"status": "failed", "outcome": "not_started"}, {"status": "failed"},
+    ]  # fmt: skip
+    ids = [item["id"] for item in mac.peek()["items"]]
+    for row_id, outcome in zip(ids, outcomes, strict=False):
+        mac.collect(row_id).raise_for_status()
+        mac.result(row_id, **outcome).raise_for_status()
+    mac.result(ids[0], deliveredAt="2026-04-22T12:00:00Z").raise_for_status()
+    mac.result(ids[1]).raise_for_status()
+    world.batch(clients=[world.client(f"opted.out.{number}@example.com") for number in range(3)])
+    for number in range(3):
+        mac.opt_out(f"opted.out.{number}@example.com").raise_for_status()
+    mac.opt_out("opted.out.0@example.com", "START", "2026-04-22T13:00:00Z").raise_for_status()
 
 
 def explain(conn: Any, sql: str, params: Any) -> Work:
@@ -166,7 +213,7 @@ def check_a_day(
     run_a_day(world, base_url, mac_sync)
     hot = [(sql, params) for sql, params in spied if any(table in sql for table in TABLES)]
     kinds = {sql for sql, _ in hot if "INTO outreach" not in sql}
-    assert len(kinds) >= 17, "the statements of the two jobs and the three endpoints"
+    assert len(kinds) >= 33, "the statements of the two jobs and of the endpoints"
     for sql, params in hot:
         conn = world.databases.icloud if "icloud." in sql else world.databases.quinn
         work = explain(conn, sql, params)
@@ -188,30 +235,56 @@ def test_plan_prepared_over_empty_tables_stays_good(
     mac = {"Authorization": "Bearer mini"}
     message = {"batchItemId": device, "deviceId": device, "toHandle": "+14155550123", "body": "Hello!"}
     service = {"Authorization": f"Bearer {SERVICE_TOKEN}"}
+    world.icloud("UPDATE icloud.devices SET last_seen_at = now()")
     spied.clear()
     requests.get(f"{base_url}/client/imessage/send-queue/pending", headers=mac, timeout=5).raise_for_status()
     requests.post(f"{base_url}/admin/send-queue/enqueue", headers=service, json=message, timeout=5).raise_for_status()
     [(row_id,)] = world.icloud("SELECT id FROM icloud.send_queue")
     result = f"{base_url}/client/imessage/send-queue/{row_id}/result"
     requests.post(result, headers=mac, json={"status": "sent"}, timeout=5).raise_for_status()
-    statements = [(sql, params) for sql, params in spied if params and "device_id" in sql]
-    assert len(statements) == 3
-    world.icloud("TRUNCATE icloud.send_queue")
+    run_the_others(world, base_url, row_id)
+    # The product's begin with a new line, the test's do not.
+    of_product = [(sql, params) for sql, params in spied if sql.startswith("\n")]
+    statements = [(sql, params) for sql, params in of_product if "send_queue" in sql or "opt_outs" in sql]
+    assert len({sql for sql, _ in statements}) == 10
+    world.icloud("TRUNCATE icloud.send_queue, icloud.opt_outs")
     if analyzed:
         world.icloud("VACUUM ANALYZE icloud.send_queue")
+        world.icloud("VACUUM ANALYZE icloud.opt_outs")
     for sql, params in statements:
         database.query(sql, params)  # planned now
     world.icloud("DELETE FROM icloud.send_queue")
+    world.icloud("DELETE FROM icloud.opt_outs")
     rows = """
-        INSERT INTO icloud.send_queue (device_id, to_handle, body, batch_item_id)
-        SELECT %(device)s, '+14155550123', 'Hello!', gen_random_uuid() FROM generate_series(1, %(count)s)
+        INSERT INTO icloud.send_queue (device_id, to_handle, body, batch_item_id, handle_key)
+        SELECT %(device)s, '+14155550123', 'Hello!', gen_random_uuid(), n FROM generate_series(1, %(count)s) AS n
+    """
+    opt_outs = """
+        INSERT INTO icloud.opt_outs (handle_key, word, source, device_id, received_at)
+        SELECT n + 20, 'STOP', 'reply', %(device)s, now() FROM generate_series(1, %(count)s) AS n
     """
     world.icloud(rows, device=other, count=50_000)
     world.icloud(rows, device=device, count=10)
-    read = "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'send_queue'"
+    world.icloud(opt_outs, device=device, count=50_000)
+    read = """
+        SELECT sum(seq_tup_read + idx_tup_fetch) FROM pg_stat_xact_user_tables
+         WHERE relname IN ('send_queue', 'opt_outs')
+    """
     for sql, params in statements:
         database.query("BEGIN")
         database.query(sql, params)
         [(count,)] = database.query(read)
         database.query("ROLLBACK")
         assert count <= 100, f"prepared over an empty table, this reads {count} rows: {sql}"
+
+
+def run_the_others(world: TestData, base_url: str, row_id: str) -> None:
+    """Ask what only a Mac asks that peeks: a row without a key, a collect, an outcome that is found out, opt-outs."""
+    mac = DeviceClient(base_url, "mini")
+    world.set_row(row_id, "status = 'queued', sent_at = NULL, handle_key = NULL")
+    mac.peek()
+    mac.collect(row_id).raise_for_status()
+    mac.result(row_id, "failed", outcome="unknown").raise_for_status()
+    mac.result(row_id).raise_for_status()
+    mac.opt_out().raise_for_status()
+    mac.opt_out(word="START").raise_for_status()

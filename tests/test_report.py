@@ -1,13 +1,26 @@
 """Check the report: its summary in each situation, its warnings, and what it says of a database's error."""
 
+import json
 import re
 from datetime import timedelta
 from typing import Any
 
 import psycopg2
 import pytest
-from helpers import record_queries
-from situations import SITUATIONS, Situation, running_system, uncollected_items
+from helpers import record_queries, run_script
+from situations import (
+    DISK,
+    SITUATIONS,
+    Situation,
+    batch_stopped_itself_beside_another,
+    mac_says_and_paused,
+    mac_says_and_stopped,
+    one_of_two_macs_says,
+    outcome_unknown,
+    outcome_unknown_long_ago,
+    running_system,
+    uncollected_items,
+)
 from testing import Databases, TestData
 
 import db
@@ -39,7 +52,10 @@ def test_summary_agrees_with_next_tick(
     verdict = report.report(INTERVAL).verdict
     tally = dispatcher.dispatch(world.databases.quinn, world.databases.icloud, mac_sync)
     # These holds come from a dispatcher or server that does not run; here both do.
-    outside = ("dispatcher not running", "sync job fails", "dispatch job fails", "server unavailable", "no device")
+    outside = (
+        "dispatcher not running", "sync job fails", "dispatch job fails", "server unavailable", "no device",
+        "device problem",
+    )  # fmt: skip
     if verdict.hold not in outside:
         assert bool(tally["queued"]) == (verdict.state == "sending")
     assert bool(tally["failed"]) == (verdict.hold == "no device")
@@ -144,3 +160,68 @@ def test_late_device_is_a_warning(world: TestData, count: int, kept: str) -> Non
     running_system(world)
     uncollected_items(world, count, seen=3 * 3600)
     assert report.report(INTERVAL).warnings == [f"device 'mac-mini', last seen 3 h ago, keeps {kept} waiting"]
+
+
+@pytest.mark.parametrize(
+    ("situation", "hidden"),
+    [(mac_says_and_paused, "Held: paused"), (mac_says_and_stopped, "Dispatcher not running: last tick 11 min ago")],
+)
+def test_what_else_holds_is_said_after_what_the_mac_says(world: TestData, situation: Situation, hidden: str) -> None:
+    running_system(world)
+    situation(world)
+    lines = run_script("status.py").stdout.splitlines()
+    assert lines[0] == f"Held: mac-mini says: {DISK}."
+    assert lines[1] == "See what else is wrong, on that Mac: python3 mac_sender.py doctor"
+    assert f"Warning: {hidden}." in lines
+    device = json.loads(run_script("status.py", "--json").stdout)["devices"][0]
+    assert device["problem"].startswith(DISK)
+    assert device["problemAt"]
+
+
+def test_what_one_of_two_macs_says_is_a_warning(world: TestData) -> None:
+    running_system(world)
+    one_of_two_macs_says(world)
+    assert report.report(INTERVAL).warnings == [f"mac-2 says: {DISK}"]
+
+
+def test_a_batch_that_stopped_itself_says_why_and_what_to_do(world: TestData) -> None:
+    running_system(world)
+    batch_stopped_itself_beside_another(world)
+    reason = r"Warning: Held: batch [0-9a-f]{8}… paused itself: the last 5 messages failed\."
+    assert re.search(reason, run_script("status.py").stdout)
+    world.quinn("DELETE FROM outreach_batches WHERE status = 'sending'")
+    lines = run_script("status.py").stdout.splitlines()
+    assert re.fullmatch(reason.removeprefix("Warning: "), lines[0])
+    world.quinn(lines[1].removeprefix("Find out why. To go on: "))
+    assert world.quinn("SELECT status, pause_reason, resumed_at IS NOT NULL FROM outreach_batches") == [
+        ("sending", None, True)
+    ]
+    [stopped_batch] = [seen for seen in [report.report(INTERVAL).stopped_batches] if seen is not None]
+    assert stopped_batch == []
+
+
+def test_a_batch_that_its_owner_paused_is_none_that_stopped_itself(world: TestData) -> None:
+    running_system(world)
+    world.batch(clients=1, status="paused", digest="d")
+    assert report.report(INTERVAL).verdict.state == "idle"
+
+
+@pytest.mark.parametrize(("count", "what"), [(1, "1 message"), (2, "2 messages")])
+def test_an_unknown_outcome_is_always_visible(world: TestData, count: int, what: str) -> None:
+    running_system(world)
+    for _ in range(count):
+        outcome_unknown(world)
+    assert f"Warning: {what} whose outcome is unknown: look at the Mac.\n" in run_script("status.py").stdout
+    outcome_unknown_long_ago(world)
+    world.quinn("UPDATE outreach_batch_items SET outcome_unknown_at = outcome_unknown_at - interval '9 days'")
+    shown = run_script("status.py").stdout
+    assert "Warning" not in shown
+    assert f"outcome unknown {count + 1}" in shown
+    world.quinn("UPDATE outreach_batch_items SET status = 'sent', sent_at = '2026-01-02'")
+    assert "unknown" not in run_script("status.py").stdout
+
+
+def test_a_composed_batch_that_waits_for_approval_is_counted(world: TestData) -> None:
+    running_system(world)
+    world.batch(clients=1, digest="d")
+    assert "batches in status not approved: 1" in run_script("status.py").stdout
