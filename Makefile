@@ -17,7 +17,7 @@ test: .venv/test  ## run the tests
 	PYTHONHASHSEED=0 $(BIN)/python -m pytest -n 3
 
 # A different seed at each run, unless you set SEED.
-SEED ?= $(shell date +%s)
+SEED := $(or $(SEED),$(shell date +%s))
 faults: .venv/faults  ## kill each process at each step, fail over to a standby, inject random faults, in about 5 minutes
 	$(BIN)/python -m pytest -m 'faults or hypothesis' --hypothesis-seed=$(SEED) || \
 	    { echo 'replay: make faults SEED=$(SEED)'; exit 1; }

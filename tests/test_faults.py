@@ -9,6 +9,7 @@ checks all that happened. A failure names the exchange and the fault; running th
 import contextlib
 import itertools
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -392,8 +393,9 @@ def test_device_may_die_at_any_step(environments: list[TestEnvironment]) -> None
 # --- everything at once -------------------------------------------------------------------------------
 
 
-def test_random_faults_lose_and_repeat_nothing(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
-    report = chaos.chaos_run(seed, tmp_path)
+def test_random_faults_lose_and_repeat_nothing(seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as path:
+        report = chaos.chaos_run(seed, Path(path))
     with capsys.disabled():
         sys.stdout.write("\n" + "\n".join(report.lines()) + "\n")
     assert not report.violations

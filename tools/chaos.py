@@ -461,6 +461,7 @@ class ChaosRun:
 
     def _recover(self) -> None:
         """Lift every hold and wait until every message has ended."""
+        wait_until(self._is_up, RECOVERY_PHASE)  # it may still be recovering from the last fault
         with contextlib.closing(db.connect(self.urls["quinn"])) as conn:
             sql = """
                 UPDATE outreach_settings
@@ -475,6 +476,12 @@ class ChaosRun:
             self.report.violations.append(
                 f"some items or batches have not ended {RECOVERY_PHASE} s after the last fault"
             )
+
+    def _is_up(self) -> bool:
+        with contextlib.suppress(psycopg2.OperationalError):
+            db.connect(self.urls["quinn"]).close()
+            return True
+        return False
 
     def _has_ended(self) -> bool:
         quinn = """

@@ -68,9 +68,12 @@ def install(quinn: Any, icloud: Any) -> None:
 
 
 def read(quinn: Any, icloud: Any) -> list[Change]:
-    """Return every change of both databases, oldest first."""
+    """Return every change of both databases, oldest first.
+
+    Read icloud first: a row is enqueued after its item's claim, so the log of quinn must be at least as new.
+    """
     sql = "SELECT EXTRACT(epoch FROM at)::float8, session, tab, id, old, new FROM event_log.changes ORDER BY n"
-    found = [Change(*row) for conn in (quinn, icloud) for row in db.query(conn, sql)]
+    found = [Change(*row) for conn in (icloud, quinn) for row in db.query(conn, sql)]
     return sorted(found, key=lambda change: change.at)
 
 
