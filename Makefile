@@ -22,6 +22,9 @@ faults: .venv/faults  ## kill each process at each step, fail over to a standby,
 	$(BIN)/python -m pytest -m 'faults or hypothesis' --hypothesis-seed=$(SEED) || \
 	    { echo 'replay: make faults SEED=$(SEED)'; exit 1; }
 
+mac-test: .venv/test  ## run the tests of the sender on the Mac
+	PYTHONHASHSEED=0 $(BIN)/python -m pytest -m 'mac and not mac_faults' -n 3
+
 mac-faults: .venv/test  ## kill the sender on the Mac, Messages and osascript at each step, in a quarter of an hour
 	$(BIN)/python -m pytest -m mac_faults -n 3
 
@@ -44,4 +47,4 @@ lint: .venv/lint  ## check formatting, lints and types
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
-.PHONY: help demo run test faults mac-faults soak bench lint
+.PHONY: help demo run test faults mac-test mac-faults soak bench lint

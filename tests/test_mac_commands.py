@@ -15,6 +15,8 @@ import mac_sender
 import pytest
 from mac_machine import ROOT, SENDER, TOKEN, Machine, mac_python, until
 
+pytestmark = pytest.mark.mac
+
 HANDLE = "+14155550123"
 
 

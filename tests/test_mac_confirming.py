@@ -14,6 +14,8 @@ import fake_messages as messages
 import pytest
 from mac_world import HANDLE, NOON, World, truth
 
+pytestmark = pytest.mark.mac
+
 Act = messages.Act
 MINUTE, HOUR, DAY = 60, 3600, 86_400
 TEXT = "Hello, this is about Thursday."

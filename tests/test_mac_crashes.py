@@ -17,6 +17,8 @@ import fake_messages as messages
 import pytest
 from mac_world import HANDLE, Killed, World, truth
 
+pytestmark = pytest.mark.mac
+
 Fault = Callable[[World, str], None]
 HOUR = 3600
 

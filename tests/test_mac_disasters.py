@@ -14,6 +14,8 @@ import mac_sender
 import pytest
 from mac_world import HANDLE, Killed, World, truth
 
+pytestmark = pytest.mark.mac
+
 HOUR, DAY = 3600, 86_400
 
 

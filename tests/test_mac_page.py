@@ -14,6 +14,8 @@ import pytest
 from mac_machine import ROOT, SENDER
 from mac_world import World
 
+pytestmark = pytest.mark.mac
+
 PAGE = (ROOT / "docs/mac.md").read_text()
 SOURCE = ast.parse(SENDER.read_text())
 SAYING = ("probe", "probe_sentence", "_why", "_open", "_connect", "_rows", "round", "stop_for_other_mac", "poll")

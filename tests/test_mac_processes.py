@@ -12,6 +12,8 @@ import fake_messages as messages
 import pytest
 from mac_machine import SENDER, Machine, until, usage
 
+pytestmark = pytest.mark.mac
+
 ACTS = [messages.sent(0.05, 0.1), messages.fails(22, 0.05, 0.2), messages.error("resolve", -1728)]
 
 

@@ -13,6 +13,8 @@ import mac_sender
 import pytest
 from mac_world import HANDLE, NOON, World
 
+pytestmark = pytest.mark.mac
+
 OTHER = "+14155550199"
 DAY = 86_400
 

@@ -15,6 +15,8 @@ import contract_server
 import mac_sender
 import pytest
 
+pytestmark = pytest.mark.mac
+
 TOKEN = "device-token-0123456789"
 
 

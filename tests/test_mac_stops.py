@@ -15,6 +15,8 @@ import mac_sender
 import pytest
 from mac_world import HANDLE, Killed, World, truth
 
+pytestmark = pytest.mark.mac
+
 HOUR = 3600
 
 

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.mac
+
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=400)
 TRICKY = st.sampled_from([
     "", "\0", "\0 leads", "\u2184", "a" * 127, "a" * 128, "a" * 255, "a" * 256, "ä" * 32_768, "🎉" * 40_000,
