@@ -231,37 +231,65 @@ BEGIN
     END IF;
 END $$;
 
--- Stand-ins for the platform's own tables, with only the columns that the product reads.
+-- Stand-ins for the platform's own tables. The product needs `id` only, and uses every column that a platform has.
+-- `attributes`: what an import found beside the name and the handle. `consent_source` and `consent_at`: where the person
+-- agreed to be written to, and when. `time_zone`: an IANA name.
 CREATE TABLE IF NOT EXISTS clients (
-    id   UUID PRIMARY KEY DEFAULT gen_random_uuid(),
-    name TEXT NOT NULL
+    id             UUID PRIMARY KEY DEFAULT gen_random_uuid(),
+    name           TEXT NOT NULL,
+    attributes     JSONB NOT NULL DEFAULT '{}',
+    time_zone      TEXT,
+    consent_source TEXT,
+    consent_at     TIMESTAMPTZ
 );
 CREATE TABLE IF NOT EXISTS contact_relationships (
     client_id  UUID NOT NULL,
     handle     TEXT NOT NULL,
     is_primary BOOLEAN NOT NULL DEFAULT false
 );
+-- An earlier stand-in for `clients` had these two columns only. A platform's table is left as it is.
+DO $$
+BEGIN
+    IF (SELECT array_agg(format('%s %s %s', attname, format_type(atttypid, atttypmod), attnotnull) ORDER BY attnum)
+          FROM pg_attribute WHERE attrelid = 'clients'::regclass AND attnum > 0 AND NOT attisdropped)
+       = ARRAY['id uuid t', 'name text t'] THEN
+        ALTER TABLE clients ADD COLUMN attributes JSONB NOT NULL DEFAULT '{}', ADD COLUMN time_zone TEXT,
+                            ADD COLUMN consent_source TEXT, ADD COLUMN consent_at TIMESTAMPTZ;
+    END IF;
+END $$;
 
 -- `last_served_at` decides the round-robin order: the dispatcher serves the batch with the oldest value first. `digest`
 -- identifies the previewed content; `approved_at` is when its owner approved it. `pause_reason` says why the dispatcher
--- paused the batch. Failures before `resumed_at` no longer count.
+-- paused the batch. What happened before `resumed_at` no longer counts for the rules that pause a batch. Nothing is sent
+-- before `send_from` or after `send_until`. If `first_n` messages were sent, the batch pauses. Who was written to in the
+-- last `not_sent_within_days` days, or (`recheck`) no longer matches `query_json`, is skipped. `preview` is what the
+-- owner was shown of the draft: who is left out and why, example texts, unusual values.
 CREATE TABLE IF NOT EXISTS outreach_batches (
-    id             UUID PRIMARY KEY DEFAULT gen_random_uuid(),
-    status         TEXT NOT NULL DEFAULT 'draft',
-    dry_run        BOOLEAN NOT NULL DEFAULT false,
-    template       TEXT NOT NULL,
-    vars           JSONB NOT NULL DEFAULT '{}',
-    query_json     JSONB NOT NULL DEFAULT '{}',
-    created_by     TEXT,
-    created_at     TIMESTAMPTZ NOT NULL DEFAULT now(),
-    updated_at     TIMESTAMPTZ NOT NULL DEFAULT now(),
-    last_served_at TIMESTAMPTZ,
-    digest         TEXT,
-    approved_at    TIMESTAMPTZ,
-    pause_reason   TEXT,
-    resumed_at     TIMESTAMPTZ,
+    id                   UUID PRIMARY KEY DEFAULT gen_random_uuid(),
+    name                 TEXT,
+    status               TEXT NOT NULL DEFAULT 'draft',
+    dry_run              BOOLEAN NOT NULL DEFAULT false,
+    template             TEXT NOT NULL,
+    vars                 JSONB NOT NULL DEFAULT '{}',
+    query_json           JSONB NOT NULL DEFAULT '{}',
+    created_by           TEXT,
+    created_at           TIMESTAMPTZ NOT NULL DEFAULT now(),
+    updated_at           TIMESTAMPTZ NOT NULL DEFAULT now(),
+    last_served_at       TIMESTAMPTZ,
+    digest               TEXT,
+    approved_at          TIMESTAMPTZ,
+    pause_reason         TEXT,
+    resumed_at           TIMESTAMPTZ,
+    send_from            TIMESTAMPTZ,
+    send_until           TIMESTAMPTZ,
+    first_n              INTEGER,
+    not_sent_within_days INTEGER,
+    recheck              BOOLEAN NOT NULL DEFAULT true,
+    preview              JSONB,
     CONSTRAINT outreach_batches_status_is_known
-        CHECK (status IN ('draft', 'sending', 'paused', 'sent', 'cancelled'))
+        CHECK (status IN ('draft', 'sending', 'paused', 'sent', 'cancelled')),
+    CONSTRAINT outreach_batches_numbers_are_positive CHECK (LEAST(first_n, not_sent_within_days) > 0),
+    CONSTRAINT outreach_batches_send_from_is_before_send_until CHECK (send_from < send_until)
 );
 ALTER TABLE outreach_batches ADD COLUMN IF NOT EXISTS dry_run BOOLEAN NOT NULL DEFAULT false;
 ALTER TABLE outreach_batches ADD COLUMN IF NOT EXISTS last_served_at TIMESTAMPTZ;
@@ -269,6 +297,13 @@ ALTER TABLE outreach_batches ADD COLUMN IF NOT EXISTS digest TEXT;
 ALTER TABLE outreach_batches ADD COLUMN IF NOT EXISTS approved_at TIMESTAMPTZ;
 ALTER TABLE outreach_batches ADD COLUMN IF NOT EXISTS pause_reason TEXT;
 ALTER TABLE outreach_batches ADD COLUMN IF NOT EXISTS resumed_at TIMESTAMPTZ;
+ALTER TABLE outreach_batches ADD COLUMN IF NOT EXISTS name TEXT;
+ALTER TABLE outreach_batches ADD COLUMN IF NOT EXISTS send_from TIMESTAMPTZ;
+ALTER TABLE outreach_batches ADD COLUMN IF NOT EXISTS send_until TIMESTAMPTZ;
+ALTER TABLE outreach_batches ADD COLUMN IF NOT EXISTS first_n INTEGER;
+ALTER TABLE outreach_batches ADD COLUMN IF NOT EXISTS not_sent_within_days INTEGER;
+ALTER TABLE outreach_batches ADD COLUMN IF NOT EXISTS recheck BOOLEAN NOT NULL DEFAULT true;
+ALTER TABLE outreach_batches ADD COLUMN IF NOT EXISTS preview JSONB;
 
 -- No foreign key to clients, because the platform may delete its clients. An item of a deleted client has no handle, so
 -- it is skipped. `claimed_at` has a meaning only while the item is `pending`. Each retry adds 1 to `attempt`.
@@ -306,7 +341,8 @@ ALTER TABLE outreach_batch_items ADD COLUMN IF NOT EXISTS handle_key TEXT;
 -- One row. A limit of NULL means no limit. Quiet hours are HH:MM, both or neither, in `quiet_hours_tz` (an IANA name;
 -- NULL: the local time of the dispatcher's host). If start and end are the same, there are no quiet hours. They have no
 -- CHECK: an invalid value disables them, and the dispatcher logs a warning. `stop_after_failures` failed results of
--- devices in a row pause a composed batch; NULL or 0 disables this. The dispatcher writes the last three columns: when
+-- devices in a row pause a composed batch; NULL or 0 disables this. An approval lapses after `approval_days`; NULL:
+-- never. The dispatcher writes the last three columns: when
 -- each job last succeeded, and when the last tick began.
 CREATE TABLE IF NOT EXISTS outreach_settings (
     id                  INTEGER PRIMARY KEY DEFAULT 1,
@@ -320,17 +356,20 @@ CREATE TABLE IF NOT EXISTS outreach_settings (
     min_gap_seconds     INTEGER,
     device_id           UUID,
     stop_after_failures INTEGER DEFAULT 5,
+    approval_days       INTEGER DEFAULT 7,
     last_dispatched_at  TIMESTAMPTZ,
     last_synced_at      TIMESTAMPTZ,
     last_tick_at        TIMESTAMPTZ,
     CONSTRAINT outreach_settings_is_one_row CHECK (id = 1),
     CONSTRAINT outreach_settings_limits_are_not_negative
         CHECK (LEAST(max_per_minute, max_per_hour, max_per_day, min_gap_seconds) >= 0),
+    CONSTRAINT outreach_settings_approval_days_is_positive CHECK (approval_days > 0),
     CONSTRAINT outreach_settings_stop_after_failures_is_not_negative CHECK (stop_after_failures >= 0)
 );
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS quiet_hours_tz TEXT;
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS device_id UUID;
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS stop_after_failures INTEGER DEFAULT 5;
+ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS approval_days INTEGER DEFAULT 7;
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS last_dispatched_at TIMESTAMPTZ;
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS last_synced_at TIMESTAMPTZ;
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS last_tick_at TIMESTAMPTZ;
@@ -380,6 +419,9 @@ CREATE INDEX IF NOT EXISTS outreach_batch_items_failed
     ON outreach_batch_items (updated_at) WHERE status = 'failed';
 CREATE INDEX IF NOT EXISTS outreach_batch_items_failed_of_batch
     ON outreach_batch_items (batch_id, queued_at) WHERE status = 'failed' AND device_id IS NOT NULL;
+-- A composed batch has each handle once.
+CREATE UNIQUE INDEX IF NOT EXISTS outreach_batch_items_handle_of_batch
+    ON outreach_batch_items (batch_id, handle_key) WHERE handle_key IS NOT NULL;
 -- The batches that sent to a handle that has opted out.
 CREATE INDEX IF NOT EXISTS outreach_batch_items_sent_to_handle
     ON outreach_batch_items (handle_key) WHERE status = 'sent' AND handle_key IS NOT NULL;

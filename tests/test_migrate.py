@@ -413,7 +413,7 @@ HISTORY = """
 """
 
 
-@pytest.mark.parametrize("version", ["first", "second"])
+@pytest.mark.parametrize("version", ["first", "second", "third"])
 def test_older_schema_version_migrates_with_its_data(
     databases: Databases, empty_database: str, capsys: pytest.CaptureFixture[str], version: str
 ) -> None:
