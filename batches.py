@@ -1,17 +1,19 @@
-"""Do to a batch what several places do to it: withdraw, retry, stop it when it goes wrong; the lock, the opt-outs.
+"""Do to a batch what several places do to it: pause, resume, cancel, withdraw, retry, stop it when it goes wrong.
 
-Used by the dispatcher's jobs and its --retry. Touches outreach_batches and outreach_batch_items in quinn, withdraws
-rows of icloud.send_queue, and reads icloud.opt_outs. Example:
+Also what several places ask: the dispatcher's lock, the opt-outs, who was written to lately. Used by the dispatcher, by
+composing.py and by the owner's scripts. Touches outreach_batches and outreach_batch_items in quinn, withdraws rows of
+icloud.send_queue, and reads icloud.opt_outs. Example:
 
-    batches.acquire_lock(quinn, stop); batches.retry(quinn, batch_id)
+    batches.pause(quinn, icloud, batch_id)
 """
 
 import logging
+import re
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import db
 import handles
@@ -26,6 +28,28 @@ LOCK_HOLDERS = (
 
 Connection = Any  # psycopg2's connection
 logger = logging.getLogger("outreach-dispatcher")
+
+
+class Refused(Exception):
+    """A request that cannot be done. The message is a sentence that says what to do.
+
+    `status`: as in HTTP (400 wrong, 404 unknown, 409 in conflict with what is stored, 422 opted out). `data`: for a
+    program, such as the place of a template's error.
+    """
+
+    def __init__(self, status: int, message: str, data: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.data = status, data
+
+
+class Changed(NamedTuple):
+    """What a verb did. `withdrawn`: messages taken back. `beyond_recall`: messages that a device has collected, and of
+    which it has not reported a result.
+    """
+
+    status: str
+    withdrawn: int
+    beyond_recall: int
 
 
 class LockTimeout(Exception):
@@ -95,6 +119,153 @@ def _withdraw_rows(icloud: Connection, reasons: dict[str, str]) -> int:
     return len(taken)
 
 
+# --- the owner's verbs --------------------------------------------------------------------------------
+
+
+def pause(quinn: Connection, icloud: Connection, batch_id: str) -> Changed:
+    """sending -> paused; withdraw what no device has collected, also while the dispatcher does not run."""
+    sql = """
+        UPDATE outreach_batches
+           SET status = 'paused', pause_reason = NULL, updated_at = now()
+         WHERE id = %(id)s AND status = 'sending'
+        RETURNING status
+    """
+    if not db.query(quinn, sql, {"id": batch_id}) and _status(quinn, batch_id) != "paused":
+        raise Refused(409, f"the batch is {_status(quinn, batch_id)}: only a batch that is being sent can be paused")
+    return _take_back(quinn, icloud, batch_id, "its batch was paused")
+
+
+def cancel(quinn: Connection, icloud: Connection, batch_id: str) -> Changed:
+    """draft, sending or paused -> cancelled, for good; withdraw what no device has collected."""
+    sql = """
+        UPDATE outreach_batches
+           SET status = 'cancelled', updated_at = now()
+         WHERE id = %(id)s AND status IN ('draft', 'sending', 'paused')
+        RETURNING status
+    """
+    if not db.query(quinn, sql, {"id": batch_id}) and _status(quinn, batch_id) != "cancelled":
+        raise Refused(409, f"the batch is {_status(quinn, batch_id)}: there is nothing left to cancel")
+    return _take_back(quinn, icloud, batch_id, "its batch was cancelled")
+
+
+def resume(quinn: Connection, batch_id: str) -> Changed:
+    """paused -> sending, if its approval has not lapsed. What happened before does not count for the rules that pause
+    it. If the first_n messages were sent, the rest follows. If its owner paused it before, first_n begins again.
+    """
+    sql = """
+        UPDATE outreach_batches
+           SET status = 'sending', resumed_at = now(), pause_reason = NULL, updated_at = now(),
+               first_n = CASE WHEN pause_reason LIKE 'the first %%' THEN NULL ELSE first_n END
+         WHERE id = %(id)s AND status = 'paused'
+           AND (digest IS NULL
+                OR approved_at + COALESCE((SELECT approval_days FROM outreach_settings WHERE id = 1), 36500)
+                                 * interval '1 day' > now())
+        RETURNING status
+    """
+    if not db.query(quinn, sql, {"id": batch_id}):
+        status = _status(quinn, batch_id)
+        if status == "paused":
+            raise Refused(409, f"{LAPSED}: look at the batch again, and send it again with its digest")
+        if status != "sending":
+            raise Refused(409, f"the batch is {status}: only a paused batch can be resumed{START.get(status, '')}")
+    return Changed("sending", 0, 0)
+
+
+START = {"draft": "; a draft is started with send"}
+LAPSED = "approval lapsed"  # a pause_reason, too
+PAST_ITS_TIME = "its time to be sent was over"
+
+
+def check_first(pause_reason: str | None) -> str | None:
+    """Return what to look at before a batch that paused itself goes on; None if its owner paused it."""
+    if pause_reason is None:
+        return None
+    if "failed" in pause_reason:
+        return "Look at the reasons of the failures, and at the Mac: python mac_sender.py doctor."
+    if "opted out" in pause_reason:
+        return "Read the text again, as somebody who did not expect it, and see how these people were chosen."
+    if pause_reason == LAPSED:
+        return "Look at the batch again: people and prices may have changed since its approval."
+    if pause_reason.endswith("sent"):
+        return "Look at what the first ones received, on the Mac."
+    return "Correct what the reason says."
+
+
+def _status(quinn: Connection, batch_id: str) -> str:
+    """Return a batch's status. Raises Refused if there is no such batch."""
+    rows = db.query(quinn, "SELECT status FROM outreach_batches WHERE id = %(id)s", {"id": batch_id})
+    if not rows:
+        raise Refused(404, f"there is no batch {batch_id}")
+    return str(rows[0][0])
+
+
+def _take_back(quinn: Connection, icloud: Connection, batch_id: str, reason: str) -> Changed:
+    """Withdraw a batch's rows that no device has collected; count those that one has."""
+    in_flight = """
+        SELECT id FROM outreach_batch_items WHERE batch_id = %(id)s AND status = 'queued'
+        UNION ALL
+        SELECT id FROM outreach_batch_items WHERE batch_id = %(id)s AND status = 'pending' AND claimed_at IS NOT NULL
+    """
+    rows_of = """
+        SELECT id, collected_at IS NOT NULL
+          FROM icloud.send_queue
+         WHERE batch_item_id = ANY (%(ids)s::uuid[]) AND status <> 'failed' AND CASE status WHEN 'queued' THEN true END
+    """
+    ids = [item_id for (item_id,) in db.query(quinn, in_flight, {"id": batch_id})]
+    rows = db.query(icloud, rows_of, {"ids": ids}) if ids else []
+    waiting = {row_id: reason for row_id, is_collected in rows if not is_collected}
+    withdrawn = _withdraw_rows(icloud, waiting) if waiting else 0
+    # A row that was collected between the two statements is beyond recall, too.
+    return Changed(_status(quinn, batch_id), withdrawn, len(rows) - withdrawn)
+
+
+# --- opt-outs, and who was written to lately ----------------------------------------------------------
+
+
+def written_to(
+    quinn: Connection, client_ids: Sequence[str], keys: Sequence[str], days: int | None, with_claimed: bool = True
+) -> tuple[set[str], set[str]]:
+    """Return which of the clients, and which of the handle keys, were written to in the last `days` (None: ever).
+
+    Messages in flight and of unknown outcome count. Before a request, when the item itself is claimed, the claimed ones
+    do not count: of two claimed items for one person, the first is queued before the second is checked.
+    """
+    sql = """
+        SELECT client.id::text, NULL
+          FROM clients AS client
+         WHERE client.id = ANY (%(client_ids)s)
+           AND (EXISTS (SELECT FROM outreach_batch_items
+                         WHERE client_id = client.id AND status = 'sent'
+                           AND sent_at > COALESCE(now() - %(days)s * interval '1 day', '-infinity') OFFSET 0)
+                OR EXISTS (SELECT FROM outreach_batch_items
+                            WHERE client_id = client.id
+                              AND outcome_unknown_at > COALESCE(now() - %(days)s * interval '1 day', '-infinity')
+                            OFFSET 0))
+        UNION ALL
+        SELECT NULL, key
+          FROM unnest(%(keys)s::text[]) AS key
+         WHERE EXISTS (SELECT FROM outreach_batch_items
+                        WHERE handle_key = key AND status = 'sent'
+                          AND sent_at > COALESCE(now() - %(days)s * interval '1 day', '-infinity') OFFSET 0)
+            OR EXISTS (SELECT FROM outreach_batch_items
+                        WHERE handle_key = key
+                          AND outcome_unknown_at > COALESCE(now() - %(days)s * interval '1 day', '-infinity') OFFSET 0)
+        UNION ALL
+        SELECT client_id::text, handle_key
+          FROM outreach_batch_items
+         WHERE status = 'queued'
+        UNION ALL
+        SELECT client_id::text, handle_key
+          FROM outreach_batch_items
+         WHERE %(with_claimed)s AND status = 'pending' AND claimed_at IS NOT NULL
+    """
+    # As one literal, the ids take the type of clients.id, whatever it is.
+    literal = "{" + ",".join('"' + re.sub(r'(["\\\\])', r"\\\1", name) + '"' for name in client_ids) + "}"
+    parameters = {"client_ids": literal, "keys": list(keys), "days": days, "with_claimed": with_claimed}
+    rows = db.query(quinn, sql, parameters)
+    return {name for name, _ in rows if name}, {key for _, key in rows if key}
+
+
 def opted_out(icloud: Connection, addresses: Iterable[str]) -> set[str]:
     """Return the keys (handles.key) of those of the handles that have opted out."""
     sql = "SELECT handle_key FROM icloud.opt_outs WHERE handle_key = ANY (%(keys)s) AND ended_at IS NULL"
@@ -156,10 +327,88 @@ def watched(quinn: Connection, icloud: Connection, batch_id: str) -> tuple[int, 
 
 def stop_failing(quinn: Connection, icloud: Connection) -> list[str]:
     """sending -> paused, with the reason, for the composed batches that go wrong; return their ids."""
-    stopped = [*_stop_after_failures(quinn), *_stop_after_opt_outs(quinn, icloud)]
+    stopped = [
+        *_stop_lapsed(quinn),
+        *_stop_after_failures(quinn),
+        *_stop_after_opt_outs(quinn, icloud),
+        *_stop_after_first(quinn),
+    ]
     for batch_id, reason in stopped:
         logger.warning("batch paused batch=%s reason=%r; `python status.py` says how to go on", batch_id, reason)
     return [batch_id for batch_id, _ in stopped]
+
+
+def pause_broken(quinn: Connection, batch_id: str, reason: str) -> None:
+    """sending -> paused, with the reason: its last checks fail, which must not hold up the other batches."""
+    sql = """
+        UPDATE outreach_batches
+           SET status = 'paused', pause_reason = %(reason)s, updated_at = now()
+         WHERE id = %(id)s AND status = 'sending'
+        RETURNING id
+    """
+    for (paused,) in db.query(quinn, sql, {"id": batch_id, "reason": reason}):
+        logger.warning("batch paused batch=%s reason=%r; `python status.py` says how to go on", paused, reason)
+
+
+def _stop_lapsed(quinn: Connection) -> list[db.Row]:
+    """Pause the composed batches whose approval is older than approval_days."""
+    sql = """
+        UPDATE outreach_batches AS batch
+           SET status = 'paused', pause_reason = %(reason)s, updated_at = now()
+          FROM outreach_settings AS settings
+         WHERE settings.id = 1 AND batch.status = 'sending' AND digest IS NOT NULL
+           AND approved_at + approval_days * interval '1 day' <= now()
+        RETURNING batch.id, batch.pause_reason
+    """
+    return db.query(quinn, sql, {"reason": LAPSED})
+
+
+def _stop_after_first(quinn: Connection) -> list[db.Row]:
+    """Pause the composed batches whose first_n messages were sent, or may have been, since the approval.
+
+    Not while one is in flight: a message of a paused batch is withdrawn.
+    """
+    sql = """
+        UPDATE outreach_batches AS batch
+           SET status = 'paused', updated_at = now(),
+               pause_reason = CASE first_n WHEN 1 THEN 'the first message was sent'
+                                           ELSE 'the first ' || first_n || ' messages were sent' END
+         WHERE status = 'sending' AND digest IS NOT NULL AND first_n IS NOT NULL
+           AND NOT EXISTS (SELECT FROM outreach_batch_items WHERE batch_id = batch.id AND status = 'queued' OFFSET 0)
+           AND NOT EXISTS (SELECT FROM outreach_batch_items
+                            WHERE batch_id = batch.id AND status = 'pending' AND claimed_at IS NOT NULL OFFSET 0)
+           AND EXISTS (SELECT FROM outreach_batch_items WHERE batch_id = batch.id AND status = 'pending' OFFSET 0)
+           AND first_n <= (SELECT count(*) FROM outreach_batch_items
+                            WHERE batch_id = batch.id AND status = 'sent'
+                              AND sent_at > COALESCE(batch.resumed_at, '-infinity'))
+                        + (SELECT count(*) FROM outreach_batch_items
+                            WHERE batch_id = batch.id AND outcome_unknown_at > COALESCE(batch.resumed_at, '-infinity')
+                              AND CASE status WHEN 'failed' THEN true END)
+        RETURNING batch.id, batch.pause_reason
+    """
+    return db.query(quinn, sql)
+
+
+def end_late(quinn: Connection, maximum: int = 10_000) -> int:
+    """pending -> skipped, for items of composed batches past send_until; return how many, `maximum` at most.
+
+    Call it after claims were reconciled: what is claimed still has no row then.
+    """
+    sql = """
+        UPDATE outreach_batch_items
+           SET status = 'skipped', failure_reason = %(reason)s, claimed_at = NULL, updated_at = now()
+         WHERE CASE status WHEN 'pending' THEN true END
+           AND id = ANY (ARRAY(
+               SELECT item.id
+                 FROM outreach_batches AS batch
+                CROSS JOIN LATERAL (SELECT id FROM outreach_batch_items
+                                     WHERE batch_id = batch.id AND status = 'pending'
+                                     LIMIT %(maximum)s) AS item
+                WHERE batch.status = 'sending' AND digest IS NOT NULL AND send_until <= now()
+                LIMIT %(maximum)s))
+        RETURNING id
+    """
+    return len(db.query(quinn, sql, {"maximum": maximum, "reason": PAST_ITS_TIME}))
 
 
 def _stop_after_failures(quinn: Connection) -> list[db.Row]:

@@ -39,6 +39,7 @@ import schedule
 import batches
 import db
 import handles
+import last_checks
 import pacing
 import runtime
 
@@ -79,22 +80,29 @@ class EnqueueRejected(Exception):
 
 
 class Head(NamedTuple):
-    """A batch's next pending item, or one of its next ones, with all handles of its client."""
+    """A batch's next pending item, or one of its next ones, with all handles of its client.
+
+    `handle`: the primary one. `handle_key`: of the one that the owner approved; None for an item made by hand.
+    """
 
     batch_id: str
     id: str
+    client_id: str
+    handle_key: str | None
+    handle: str | None
     handles: list[str]
-    has_primary: bool
 
 
 class Item(NamedTuple):
     """A claimed item. `handle`: its client's primary one. `device_id`: the device that reached the client last.
 
-    `handles`: all of its client's. `attempt`: 1, and one more for each retry.
+    `handles`: all of its client's. `handle_key`: as in Head. `attempt`: 1, and one more for each retry.
     """
 
     id: str
     batch_id: str
+    client_id: str
+    handle_key: str | None
     body: str
     created_at: datetime
     attempt: int
@@ -149,6 +157,9 @@ def sync(quinn: Connection, icloud: Connection) -> JobCounts:
     updates = [*fetch_results(quinn, icloud), *reconcile_claims(quinn, icloud)]
     apply_updates(quinn, updates)
     counts.update(update.status for update in updates)
+    if ended := batches.end_late(quinn):
+        counts["skipped"] += ended
+        logger.info("items skipped count=%d reason=%r", ended, batches.PAST_ITS_TIME)
     # Here too, because dispatch does not get that far while sending is paused or the server is unavailable.
     complete_batches(quinn, [batch.id for batch in pacing.batches(quinn) if not batch.pending])
     if stopped := batches.stop_failing(quinn, icloud):
@@ -375,20 +386,30 @@ def next_items(quinn: Connection, icloud: Connection, batch_ids: Sequence[str]) 
     all of those were skipped: the work follows the items that are looked at, not those that wait.
     """
     found: list[str] = []
+    keys: set[str] = set()  # of the composed items found: one handle gets one message in a tick
     skipped = 0
+    rules = last_checks.read_rules(quinn, batch_ids)
     for look in LOOKS:
         heads = read_heads(quinn, batch_ids, look)
         opted_out = batches.opted_out(icloud, (handle for head in heads for handle in head.handles))
-        reasons: dict[str, list[str]] = {NO_HANDLE: [], OPTED_OUT: []}
+        people = [
+            last_checks.Person(head.id, head.batch_id, head.client_id, head.handle_key, head.handle) for head in heads
+        ]
+        late, broken = last_checks.check(quinn, rules, people, with_claimed=True)
+        for batch_id, failure in broken.items():
+            batches.pause_broken(quinn, batch_id, failure)
+        reasons: dict[str, list[str]] = {}
         batch_ids = []
         for batch_id, group in itertools.groupby(heads, lambda head: head.batch_id):
-            candidates = list(group)
+            candidates = [] if batch_id in broken else list(group)
             for head in candidates:
-                reason = skip_reason(head.has_primary, head.handles, opted_out)
+                reason = skip_reason(head.handle, head.handles, opted_out) or late.get(head.id)
                 if reason is None:
-                    found.append(head.id)
+                    if head.handle_key is None or head.handle_key not in keys:
+                        found.append(head.id)
+                        keys |= {head.handle_key} if head.handle_key else set()
                     break
-                reasons[reason].append(head.id)
+                reasons.setdefault(reason, []).append(head.id)
             else:
                 batch_ids += [batch_id] if len(candidates) == look else []
         skipped += sum(skip(quinn, item_ids, reason) for reason, item_ids in reasons.items())
@@ -397,9 +418,9 @@ def next_items(quinn: Connection, icloud: Connection, batch_ids: Sequence[str]) 
     return found, skipped
 
 
-def skip_reason(has_primary: bool, addresses: Sequence[str], opted_out: set[str]) -> str | None:
+def skip_reason(primary: str | None, addresses: Sequence[str], opted_out: set[str]) -> str | None:
     """Return why an item is skipped, None if it is not. An opt-out of any handle counts for the person."""
-    if not has_primary:
+    if primary is None:
         return NO_HANDLE
     return OPTED_OUT if any(handles.key(address) in opted_out for address in addresses) else None
 
@@ -407,15 +428,15 @@ def skip_reason(has_primary: bool, addresses: Sequence[str], opted_out: set[str]
 def read_heads(quinn: Connection, batch_ids: Sequence[str], look: int) -> list[Head]:
     """Return the first `look` pending items of each batch, in their order.
 
-    The LATERAL is run once for each batch, whatever the planner believes, and OFFSET 0 keeps the EXISTS a look-up.
+    The LATERAL is run once for each batch, whatever the planner believes.
     """
     sql = """
-        SELECT served.batch_id, head.id,
-               ARRAY(SELECT handle FROM contact_relationships WHERE client_id = head.client_id AND handle IS NOT NULL),
-               EXISTS (SELECT FROM contact_relationships WHERE client_id = head.client_id AND is_primary OFFSET 0)
+        SELECT served.batch_id, head.id, head.client_id::text, head.handle_key,
+               (SELECT min(handle) FROM contact_relationships WHERE client_id = head.client_id AND is_primary),
+               ARRAY(SELECT handle FROM contact_relationships WHERE client_id = head.client_id AND handle IS NOT NULL)
           FROM unnest(%(batch_ids)s::uuid[]) AS served (batch_id)
          CROSS JOIN LATERAL (
-               SELECT id, client_id, created_at
+               SELECT id, client_id, handle_key, created_at
                  FROM outreach_batch_items
                 WHERE batch_id = served.batch_id AND status = 'pending'
                 ORDER BY created_at, id
@@ -458,11 +479,12 @@ def claimed_items(quinn: Connection) -> list[Item]:
     """Return the claimed items of sending batches, with what their message needs."""
     sql = """
         WITH claimed AS MATERIALIZED (
-            SELECT id, batch_id, client_id, rendered_body, created_at, claimed_at, attempt
+            SELECT id, batch_id, client_id, handle_key, rendered_body, created_at, claimed_at, attempt
               FROM outreach_batch_items
              WHERE status = 'pending' AND claimed_at IS NOT NULL
         )
-        SELECT claimed.id, claimed.batch_id, claimed.rendered_body, claimed.created_at, claimed.attempt,
+        SELECT claimed.id, claimed.batch_id, claimed.client_id::text, claimed.handle_key, claimed.rendered_body,
+               claimed.created_at, claimed.attempt,
                (SELECT min(handle) FROM contact_relationships WHERE client_id = claimed.client_id AND is_primary),
                ARRAY(SELECT handle FROM contact_relationships
                       WHERE client_id = claimed.client_id AND handle IS NOT NULL),
@@ -491,9 +513,11 @@ def enqueue_claimed(
     """Enqueue each item and record what became of it. Raises ServerUnavailable, with the rest still claimed.
 
     A claim may have waited through an outage, and a tick may be long: so it looks again for opt-outs, and before each
-    request for a pause. What is enqueued all the same is withdrawn at once.
+    request for a pause and for what the item's batch asks (last_checks.py). What is enqueued all the same is withdrawn
+    at once.
     """
-    valid_until = pacing.next_quiet_hours(snapshot)
+    rules = last_checks.read_rules(quinn, sorted({item.batch_id for item in items}))
+    quiet_from = pacing.next_quiet_hours(snapshot)
     opted_out = batches.opted_out(icloud, (handle for item in items for handle in item.handles))
     # The settings were read once, for this tick. What does not fit into one interval waits for the next tick.
     end = time.monotonic() + interval()
@@ -501,20 +525,39 @@ def enqueue_claimed(
         if stop.is_set() or time.monotonic() > end:
             return
         runtime.sd_notify("WATCHDOG=1")
-        if reason := skip_reason(item.handle is not None, item.handles, opted_out):
+        if reason := skip_reason(item.handle, item.handles, opted_out) or late_reason(quinn, rules, item):
             counts[mark_ended(quinn, item, "skipped", reason)] += 1
         elif is_wanted(quinn, item):
             device_id = device_for(item, snapshot, devices)
+            ends_at = rules[item.batch_id].ends_at if item.batch_id in rules else None
+            valid_until = min((moment for moment in (quiet_from, ends_at) if moment), default=None)
             status, is_still_wanted = enqueue_item(quinn, client, item, device_id, valid_until)
             counts[status] += 1
             if not is_still_wanted:
                 counts["withdrawn"] += batches.withdraw(quinn, icloud, pacing.global_hold(pacing.read_snapshot(quinn)))
 
 
+def late_reason(quinn: Connection, rules: dict[str, last_checks.Rules], item: Item) -> str | None:
+    """Return why a composed batch's item is to be skipped right before its request; None if it is not.
+
+    If its audience cannot be checked, its batch is paused: is_wanted() then says no.
+    """
+    if item.batch_id not in rules:
+        return None
+    person = last_checks.Person(item.id, item.batch_id, item.client_id, item.handle_key, item.handle)
+    reasons, broken = last_checks.check(quinn, rules, [person], with_claimed=False)
+    for batch_id, reason in broken.items():
+        batches.pause_broken(quinn, batch_id, reason)
+    return reasons.get(item.id)
+
+
 def is_wanted(quinn: Connection, item: Item) -> bool:
     """Tell whether a claimed item may go now: it is still claimed, its batch is being sent, nobody paused sending."""
     sql = """
         SELECT NOT settings.paused AND batch.status = 'sending' AND NOT batch.dry_run
+               AND (batch.digest IS NULL
+                    OR (COALESCE(send_from <= now(), true) AND COALESCE(send_until > now(), true)
+                        AND COALESCE(approved_at + approval_days * interval '1 day' > now(), approval_days IS NULL)))
                AND (batch.digest IS NULL OR batch.approved_at IS NOT NULL)
                AND item.status = 'pending' AND item.claimed_at IS NOT NULL
           FROM outreach_settings AS settings,

@@ -231,9 +231,10 @@ def forecast(
             waiting.insert(place, pacing.Batch(target_id, has_items, False, None))
     simulations = {
         batch.id: BatchSimulation(
-            batch._replace(in_flight=False),
+            batch._replace(in_flight=False, first_left=None),
             outreach.counts[batch.id].sort_key,
-            outreach.predicted_outcomes[batch.id],
+            # With first_n, the batch pauses itself then.
+            outreach.predicted_outcomes[batch.id][: batch.first_left],
             is_exact=outreach.is_exact,
         )
         for batch in waiting
@@ -426,6 +427,32 @@ def forecast_batch(
         if outcomes and simulation.last is None:
             usages = pacing.limit_usage(outreach.snapshot)
             found.bottleneck = next((usage.limit for usage in usages if usage.maximum == 0), None)
+    return found
+
+
+def forecast_new_batch(
+    outreach: OutreachSnapshot,
+    queue: QueueSnapshot | None,
+    interval: timedelta,
+    count: int,
+    send_from: datetime | None = None,
+) -> BatchForecast:
+    """Return what would happen if a batch of so many messages, which is not written yet, were sent now.
+
+    With a later `send_from`, the whole course is moved to it, and it is not exact.
+    """
+    name = "new batch"
+    counts = BatchCounts(name, "draft", None, outreach.now, count, 0, 0, 0, 0)
+    total = count + sum(batch.pending for batch in outreach.counts.values())
+    assumed = outreach._replace(
+        counts={**outreach.counts, name: counts},
+        predicted_outcomes={**outreach.predicted_outcomes, name: SENT * count},
+        is_exact=outreach.is_exact and total <= MAX_SIMULATED_ITEMS,
+    )
+    found = forecast_batch(assumed, queue, interval, name)
+    if send_from and found.first_at and send_from > found.first_at:
+        found.last_at = found.last_at + (send_from - found.first_at) if found.last_at else None
+        found.first_at, found.is_exact = send_from, False
     return found
 
 

@@ -32,7 +32,7 @@ NO_DEVICE = "there is no device: `python db.py add-device NAME` makes one"
 # A device is late if it was not seen, or has kept a message without a result, for longer than this.
 DEVICE_LATE_AFTER = timedelta(minutes=10)
 DEVICE_GONE_AFTER = timedelta(days=1)  # skip a device that was not seen for this long, if another one was
-DEVICE_PROBLEM = "device problem"  # the code of a hold
+DEVICE_PROBLEM, NOT_BEGUN = "device problem", "batch not begun"  # codes of holds
 SHORT_HOLD = timedelta(minutes=2)  # a shorter hold is a normal pause between two sends
 # The dispatcher counts as not running if its heartbeat is older than MISSED_TICKS intervals plus HEARTBEAT_GRACE.
 MISSED_TICKS = 3
@@ -84,12 +84,19 @@ class Snapshot(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A sending batch. `last_sent_at` includes unknown outcomes; it is None while min_gap_seconds is not set."""
+    """A sending batch. `last_sent_at` includes unknown outcomes; it is None while min_gap_seconds is not set.
+
+    `send_from`: nothing is sent before it. `ends_at`: nothing is sent after it (send_until, or the end of the
+    approval). `first_left`: how many messages may go before the batch pauses itself; None if it has no first_n.
+    """
 
     id: str
     pending: bool
     in_flight: bool
     last_sent_at: datetime | None
+    send_from: datetime | None = None
+    ends_at: datetime | None = None
+    first_left: int | None = None
 
 
 class Device(NamedTuple):
@@ -233,7 +240,7 @@ def batches(quinn: Any) -> list[Batch]:
     """
     sql = """
         WITH gap AS (
-            SELECT min_gap_seconds AS seconds FROM outreach_settings WHERE id = 1
+            SELECT min_gap_seconds AS seconds, approval_days FROM outreach_settings WHERE id = 1
         ), unknown AS MATERIALIZED (
             SELECT batch_id, outcome_unknown_at
               FROM outreach_batch_items
@@ -250,6 +257,21 @@ def batches(quinn: Any) -> list[Batch]:
                      ORDER BY sent_at DESC
                      LIMIT 1),
                    (SELECT max(outcome_unknown_at) FROM unknown WHERE batch_id = batch.id))
+               END,
+               send_from,
+               CASE WHEN digest IS NOT NULL
+                    THEN LEAST(send_until, approved_at + gap.approval_days * interval '1 day') END,
+               CASE WHEN digest IS NOT NULL AND first_n IS NOT NULL THEN first_n
+                    - (SELECT count(*) FROM outreach_batch_items
+                        WHERE batch_id = batch.id AND status = 'sent'
+                          AND sent_at > COALESCE(resumed_at, '-infinity'))
+                    - (SELECT count(*) FROM outreach_batch_items
+                        WHERE batch_id = batch.id AND outcome_unknown_at > COALESCE(resumed_at, '-infinity')
+                          AND CASE status WHEN 'failed' THEN true END)
+                    - (SELECT count(*) FROM outreach_batch_items
+                        WHERE batch_id = batch.id AND status = 'queued')
+                    - (SELECT count(*) FROM outreach_batch_items
+                        WHERE batch_id = batch.id AND status = 'pending' AND claimed_at IS NOT NULL)
                END
           FROM outreach_batches AS batch, gap
          WHERE status = 'sending' AND NOT dry_run AND (digest IS NULL OR approved_at IS NOT NULL)
@@ -301,7 +323,7 @@ def decide(
     5. the batch of an item that an earlier tick claimed
     6. None, or results_hold(), if no item is pending
     7. limit_hold()
-    8. gap_hold(): the gap holds every batch
+    8. all_batches_hold(): each batch is held by its times, its first messages or the gap
     9. there is no device
     """
     hold = global_hold(snapshot)
@@ -320,8 +342,8 @@ def decide(
         return claimed[0]
     if not any(batch.pending for batch in waiting):
         return results_hold(snapshot, known) if snapshot.in_flight else None
-    hold = limit_hold(snapshot) or gap_hold(snapshot, waiting)
-    if hold and hold.clears_itself:
+    hold = limit_hold(snapshot) or all_batches_hold(snapshot, waiting)
+    if hold and hold.clears_itself and snapshot.in_flight:
         return results_hold(snapshot, known)
     if hold is None and known is not None and not known:
         return Hold("no device", message=NO_DEVICE)
@@ -481,21 +503,34 @@ def batch_gap_hold(snapshot: Snapshot, batch: Batch) -> Hold | None:
     return Hold("minimum gap", ends, f"minimum gap of {seconds} s") if ends > snapshot.now else None
 
 
-def gap_hold(snapshot: Snapshot, waiting: Sequence[Batch]) -> Hold | None:
-    """Return a hold if the gap holds every batch that has pending items: the one that ends first."""
-    gaps = []
+def batch_hold(snapshot: Snapshot, batch: Batch) -> Hold | None:
+    """Return the hold of one batch: its times, its first messages, or the gap."""
+    if batch.ends_at and batch.ends_at <= snapshot.now:
+        message = f"the time of batch {batch.id[:8]}… is over: the next tick ends it"
+        return Hold("batch is over", message=message, clears_itself=True)
+    if batch.send_from and batch.send_from > snapshot.now:
+        return Hold(NOT_BEGUN, batch.send_from, f"batch {batch.id[:8]}… begins")
+    if batch.first_left is not None and batch.first_left <= 0:
+        message = f"the first messages of batch {batch.id[:8]}… are on their way"
+        return Hold("first messages", message=message, clears_itself=True)
+    return batch_gap_hold(snapshot, batch)
+
+
+def all_batches_hold(snapshot: Snapshot, waiting: Sequence[Batch]) -> Hold | None:
+    """Return a hold if every batch that has pending items is held: the hold that ends first."""
+    holds = []
     for batch in waiting:
         if batch.pending:
-            hold = batch_gap_hold(snapshot, batch)
+            hold = batch_hold(snapshot, batch)
             if hold is None:
                 return None
-            gaps.append(hold)
-    return min(gaps, key=lambda hold: hold.until or datetime.max.replace(tzinfo=UTC), default=None)
+            holds.append(hold)
+    return min(holds, key=lambda hold: hold.until or datetime.max.replace(tzinfo=UTC), default=None)
 
 
 def eligible_batches(snapshot: Snapshot, waiting: Sequence[Batch]) -> Iterator[Batch]:
-    """Yield the batches that have pending items and no gap hold, in their order. Limits are not checked."""
-    return (batch for batch in waiting if batch.pending and batch_gap_hold(snapshot, batch) is None)
+    """Yield the batches that have pending items and no hold of their own, in their order. Limits are not checked."""
+    return (batch for batch in waiting if batch.pending and batch_hold(snapshot, batch) is None)
 
 
 def claim_round_robin(

@@ -15,6 +15,7 @@ from zoneinfo import ZoneInfo
 import msgspec
 import psycopg2
 
+import batches
 import db
 import forecast
 import pacing
@@ -67,6 +68,15 @@ class StoppedBatch(msgspec.Struct, rename="camel"):
     reason: str
 
 
+class FinishedBatch(msgspec.Struct, rename="camel"):
+    """A batch that was finished in the last day, and not without failures. `unknown`: may have been sent."""
+
+    id: str
+    finished_at: datetime
+    failed: int
+    unknown: int
+
+
 class DeviceLine(msgspec.Struct, rename="camel"):
     """A device: messages it has not collected, messages without a result, the oldest of both.
 
@@ -104,6 +114,7 @@ class Report(msgspec.Struct, rename="camel"):
     in_flight: int | None
     batches: list[BatchLine] | None
     stopped_batches: list[StoppedBatch] | None
+    finished_batches: list[FinishedBatch] | None
     idle_batches: dict[str, int] | None
     unknown_outcomes: int | None
     limits: list[LimitLine] | None
@@ -122,6 +133,7 @@ class Ended(NamedTuple):
 
     idle_batches: dict[str, int]
     stopped: list[StoppedBatch]
+    finished: list[FinishedBatch]
     failures: list[Failure]
     unknown: int
     watched: int
@@ -140,7 +152,13 @@ def read_databases(batch_id: str | None = None) -> Databases:
     """Read both databases; with `batch_id`, that batch too, whatever its status."""
 
     def read_quinn(quinn: Any) -> tuple[forecast.OutreachSnapshot, Ended]:
-        ended = Ended(_read_idle_batches(quinn), _read_stopped(quinn), _read_failures(quinn), *_count_unknown(quinn))
+        ended = Ended(
+            _read_idle_batches(quinn),
+            _read_stopped(quinn),
+            _read_finished(quinn),
+            _read_failures(quinn),
+            *_count_unknown(quinn),
+        )
         return forecast.read_outreach(quinn, batch_id), ended
 
     quinn, quinn_problem = read_database("quinn", read_quinn)
@@ -184,6 +202,23 @@ def _read_stopped(quinn: Any) -> list[StoppedBatch]:
          LIMIT %(maximum)s
     """
     return [StoppedBatch(*row) for row in db.query(quinn, sql, {"maximum": MAX_STOPPED})]
+
+
+def _read_finished(quinn: Any) -> list[FinishedBatch]:
+    """Return the batches that were finished in the last day with failures of its last month, the last one first."""
+    sql = """
+        SELECT batch.id, batch.updated_at,
+               count(*) FILTER (WHERE outcome_unknown_at IS NULL),
+               count(*) FILTER (WHERE outcome_unknown_at IS NOT NULL)
+          FROM outreach_batch_items AS item
+          JOIN outreach_batches AS batch ON batch.id = item.batch_id
+         WHERE item.status = 'failed' AND item.updated_at > now() - interval '30 days'
+           AND batch.status = 'sent' AND batch.updated_at > now() - interval '1 day'
+         GROUP BY batch.id, batch.updated_at
+         ORDER BY batch.updated_at DESC
+         LIMIT %(maximum)s
+    """
+    return [FinishedBatch(*row) for row in db.query(quinn, sql, {"maximum": MAX_STOPPED})]
 
 
 def _count_unknown(quinn: Any) -> tuple[int, int]:
@@ -240,6 +275,7 @@ def report(interval: timedelta) -> Report:
             _batch_line(outreach, simulations.get(batch.id), batch, formatter) for batch in outreach.waiting
         ] if outreach else None,
         stopped_batches=read.ended.stopped if read.ended else None,
+        finished_batches=read.ended.finished if read.ended else None,
         idle_batches=read.ended.idle_batches if read.ended else None,
         unknown_outcomes=read.ended.unknown if read.ended else None,
         limits=[LimitLine(*usage) for usage in pacing.limit_usage(snapshot)] if snapshot else None,
@@ -280,7 +316,7 @@ def _batch_line(
     counts, snapshot = outreach.counts[batch.id], outreach.snapshot
     hold = pacing.global_hold(snapshot)
     if snapshot and batch.pending and not hold:
-        hold = pacing.batch_gap_hold(snapshot, batch) or pacing.limit_hold(snapshot)
+        hold = pacing.batch_hold(snapshot, batch) or pacing.limit_hold(snapshot)
     return BatchLine(
         id=batch.id,
         pending=counts.pending,
@@ -374,10 +410,8 @@ ADVICE = {
     "waiting for device": "Switch the device on, and see that its sender runs and has its token.",
     "limit reached": "Nothing goes while a limit is 0. For none: UPDATE outreach_settings SET … = NULL;",
 }
-RESUME = (
-    "Find out why. To go on: UPDATE outreach_batches SET status = 'sending', pause_reason = NULL, resumed_at = now() "
-    "WHERE id = '{}';"
-)
+RESUME = "{} Then: python outreach.py resume {}"
+SEND_AGAIN = "{} Then: python outreach.py send {}"
 # Where the first word is not "Held".
 BEGINNINGS = {
     "dispatcher not running": "Dispatcher not running",
@@ -395,6 +429,8 @@ def describe_hold(hold: pacing.Hold, formatter: LocalTimeFormatter) -> str:
     if hold.code == forecast.QUIET_HOURS:
         length = pacing.format_duration(hold.until - formatter.now)
         return f"{message} until {formatter.at(hold.until)} ({formatter.name}), {length}"
+    if hold.code == pacing.NOT_BEGUN:
+        return f"{message} at {formatter.at(hold.until)}"
     what = "place" if hold.code.startswith("limit") else "message"
     return f"{message}; next {what} at {formatter.at(hold.until)}"
 
@@ -431,7 +467,9 @@ def summarize_stopped(batch: StoppedBatch) -> Summary:
         hold="batch stopped itself",
         batch_id=batch.id,
         needs_operator=True,
-        advice=RESUME.format(batch.id),
+        advice=(SEND_AGAIN if batch.reason == batches.LAPSED else RESUME).format(
+            batches.check_first(batch.reason), batch.id
+        ),
     )
 
 

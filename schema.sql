@@ -404,16 +404,24 @@ CREATE INDEX IF NOT EXISTS outreach_batch_items_queued
     ON outreach_batch_items (batch_id) WHERE status = 'queued';
 CREATE INDEX IF NOT EXISTS outreach_batch_items_claimed
     ON outreach_batch_items (batch_id) WHERE status = 'pending' AND claimed_at IS NOT NULL;
--- The usage of the limits, newest send first. A batch's newest send, for the gap. A client's last device.
+-- The usage of the limits, newest send first. A batch's newest send, for the gap. When a client was written to, and by
+-- which device.
 CREATE INDEX IF NOT EXISTS outreach_batch_items_sent
     ON outreach_batch_items (sent_at) WHERE status = 'sent';
 CREATE INDEX IF NOT EXISTS outreach_batch_items_sent_of_batch
     ON outreach_batch_items (batch_id, sent_at) WHERE status = 'sent';
-CREATE INDEX IF NOT EXISTS outreach_batch_items_sent_to_client
-    ON outreach_batch_items (client_id, sent_at) WHERE status = 'sent' AND device_id IS NOT NULL;
+CREATE INDEX IF NOT EXISTS outreach_batch_items_written_to_client
+    ON outreach_batch_items (client_id, sent_at) WHERE status = 'sent';
+DROP INDEX IF EXISTS outreach_batch_items_sent_to_client;  -- the same for the rows with a device_id only
 -- Items that may have been sent: for the limits, and for a sync that asks whether the device found out.
 CREATE INDEX IF NOT EXISTS outreach_batch_items_unknown
     ON outreach_batch_items (outcome_unknown_at) WHERE outcome_unknown_at IS NOT NULL;
+CREATE INDEX IF NOT EXISTS outreach_batch_items_unknown_of_batch
+    ON outreach_batch_items (batch_id, outcome_unknown_at) WHERE outcome_unknown_at IS NOT NULL;
+CREATE INDEX IF NOT EXISTS outreach_batch_items_unknown_to_client
+    ON outreach_batch_items (client_id, outcome_unknown_at) WHERE outcome_unknown_at IS NOT NULL;
+CREATE INDEX IF NOT EXISTS outreach_batch_items_unknown_to_handle
+    ON outreach_batch_items (handle_key, outcome_unknown_at) WHERE outcome_unknown_at IS NOT NULL;
 -- The latest failures, for status.py; a batch's latest failures, for the rule that pauses it.
 CREATE INDEX IF NOT EXISTS outreach_batch_items_failed
     ON outreach_batch_items (updated_at) WHERE status = 'failed';
@@ -422,6 +430,8 @@ CREATE INDEX IF NOT EXISTS outreach_batch_items_failed_of_batch
 -- A composed batch has each handle once.
 CREATE UNIQUE INDEX IF NOT EXISTS outreach_batch_items_handle_of_batch
     ON outreach_batch_items (batch_id, handle_key) WHERE handle_key IS NOT NULL;
+-- What was sent to a client, for the audience that asks for it.
+CREATE INDEX IF NOT EXISTS outreach_batch_items_of_client ON outreach_batch_items (client_id);
 -- The batches that sent to a handle that has opted out.
 CREATE INDEX IF NOT EXISTS outreach_batch_items_sent_to_handle
     ON outreach_batch_items (handle_key) WHERE status = 'sent' AND handle_key IS NOT NULL;

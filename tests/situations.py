@@ -279,7 +279,9 @@ def a_mac_that_is_gone_says(world: TestData) -> None:
 
 
 def batch_stopped_itself(world: TestData) -> None:
-    world.batch(clients=1, status="paused", digest="d", pause_reason="the last 5 messages failed")
+    world.batch(
+        clients=1, status="paused", digest="d", approved_at=ago(3600), pause_reason="the last 5 messages failed"
+    )
 
 
 def batch_stopped_itself_beside_another(world: TestData) -> None:

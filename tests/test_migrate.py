@@ -248,7 +248,9 @@ def test_migrate_understands_each_schema_statement() -> None:
         elif re.match("CREATE (UNIQUE )?INDEX", sql):
             assert len(db.CREATE_INDEX.findall(statement)) == 1
         else:
-            assert re.match("DO|CREATE SCHEMA IF NOT EXISTS|CREATE TABLE IF NOT EXISTS|INSERT", sql)
+            assert re.match(
+                "DO|CREATE SCHEMA IF NOT EXISTS|CREATE TABLE IF NOT EXISTS|DROP INDEX IF EXISTS|INSERT", sql
+            )
 
 
 @contextlib.contextmanager

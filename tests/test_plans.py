@@ -21,7 +21,7 @@ OTHERS = 500  # messages that wait, uncollected, for another device; and pending
 BATCHES, ITEMS = 100, 100  # sending batches, and pending items of each
 TABLES = {"send_queue", "outreach_batch_items", "contact_relationships", "opt_outs"}
 # What one statement may read: some rows and pages for each batch and for the handful that is in hand.
-MAX_ROWS = 6 * BATCHES
+MAX_ROWS = 8 * BATCHES  # for each batch: its head, the handles of its client, and what sorts and joins them
 MAX_BUFFERS = 40 * BATCHES
 # What could be withdrawn, and what waits for each device: these two have the `OTHERS` in hand as well.
 ALL_WAITING = ("drafted_at IS NOT NULL", "count(message.id) FILTER")
@@ -97,20 +97,28 @@ def fill_waiting(databases: Databases, other: str) -> None:
         SELECT batch.id, gen_random_uuid(), 'Hello!' FROM batch, generate_series(1, %(count)s)
     """
     clients = """
+        WITH client AS (
+            INSERT INTO clients (id, name) SELECT md5('client' || n)::uuid, n FROM generate_series(1, 10000) AS n
+            ON CONFLICT DO NOTHING
+        )
         INSERT INTO contact_relationships (client_id, handle, is_primary)
-        SELECT md5('client' || n)::uuid, '+14155550123', true FROM generate_series(1, 10000) AS n
+        SELECT md5('client' || n)::uuid, '+14157' || to_char(n, 'FM000000'), true FROM generate_series(1, 10000) AS n
          UNION ALL
         SELECT md5('client' || n)::uuid, n || '@example.com', false FROM generate_series(1, 10000) AS n
     """
     sending = """
         WITH batch AS (
-            INSERT INTO outreach_batches (template, status, digest, approved_at)
-            SELECT 'hello', 'sending', CASE WHEN n %% 2 = 0 THEN 'digest' END, now() - interval '1 hour'
+            INSERT INTO outreach_batches (template, status, digest, approved_at, first_n, not_sent_within_days,
+                                          query_json)
+            SELECT 'hello', 'sending', CASE WHEN n %% 2 = 0 THEN 'digest' END, now() - interval '1 hour', 1000,
+                   CASE n WHEN 2 THEN 30 END,
+                   '{"v": 1, "where": {"everyone": true}}'
               FROM generate_series(1, %(batches)s) AS n
-            RETURNING id
+            RETURNING id, digest
         )
-        INSERT INTO outreach_batch_items (batch_id, client_id, rendered_body, created_at)
-        SELECT batch.id, md5('client' || n)::uuid, 'Hello!', now() + n * interval '1 microsecond'
+        INSERT INTO outreach_batch_items (batch_id, client_id, rendered_body, created_at, handle_key)
+        SELECT batch.id, md5('client' || n)::uuid, 'Hello!', now() + n * interval '1 microsecond',
+               CASE WHEN digest IS NOT NULL THEN '+14157' || to_char(n, 'FM000000') END
           FROM batch, generate_series(1, %(items)s) AS n
     """
     db.query(databases.icloud, uncollected, {"device": other, "count": OTHERS})

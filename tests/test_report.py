@@ -23,6 +23,7 @@ from situations import (
 )
 from testing import Databases, TestData
 
+import batches
 import db
 import dispatcher
 import forecast
@@ -192,7 +193,11 @@ def test_a_batch_that_stopped_itself_says_why_and_what_to_do(world: TestData) ->
     world.quinn("DELETE FROM outreach_batches WHERE status = 'sending'")
     lines = run_script("status.py").stdout.splitlines()
     assert re.fullmatch(reason.removeprefix("Warning: "), lines[0])
-    world.quinn(lines[1].removeprefix("Find out why. To go on: "))
+    advice = report.report(INTERVAL).verdict.advice or ""
+    assert advice.startswith("Look at the reasons of the failures, and at the Mac: python mac_sender.py doctor. Then: ")
+    command, batch_id = advice.rsplit(maxsplit=1)
+    assert command.endswith("Then: python outreach.py resume")
+    batches.resume(world.databases.quinn, batch_id)
     assert world.quinn("SELECT status, pause_reason, resumed_at IS NOT NULL FROM outreach_batches") == [
         ("sending", None, True)
     ]

@@ -115,7 +115,7 @@ def test_timed_out_statement_is_named(
         rival.autocommit = False
         db.query(rival, "LOCK TABLE outreach_batches")
         assert dispatcher.run_job("sync", dispatcher.sync) is None
-    assert "statement=batches error=LockNotAvailable" in caplog.text
+    assert "statement=end_late error=LockNotAvailable" in caplog.text
 
 
 def test_missing_tables_are_logged_with_migrate(world: TestData, caplog: pytest.LogCaptureFixture) -> None:

@@ -27,6 +27,7 @@ import requests
 import db
 
 SERVICE_TOKEN = "service-token-0123456789"
+OWNER_TOKEN = "owner-token-0123456789"
 ROOT = Path(__file__).parent.parent
 numbers = itertools.count(1)  # for the names of databases
 
@@ -156,7 +157,9 @@ class Clone:
                      UNION ALL SELECT t::text FROM pg_trigger AS t
                      UNION ALL SELECT t::text FROM pg_type AS t WHERE oid >= 16384
                      UNION ALL SELECT p::text FROM pg_proc AS p WHERE oid >= 16384
-                     UNION ALL SELECT n::text FROM pg_namespace AS n WHERE oid >= 16384
+                     -- PostgreSQL makes the schema of temporary tables at their first use, and keeps it.
+                     UNION ALL SELECT n::text FROM pg_namespace AS n
+                                WHERE oid >= 16384 AND nspname !~ '^pg_(toast_)?temp_'
                      UNION ALL SELECT setconfig::text FROM pg_db_role_setting
                                 WHERE setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())
                      UNION ALL SELECT s.tablename FROM pg_stats AS s
@@ -223,11 +226,26 @@ class TestData:
     def batch(self, clients: list[str] | int = 0, status: str = "sending", **columns: Any) -> str:
         """Insert a batch with an item for each client (an integer: the number of new clients); return its id."""
         sql = "INSERT INTO outreach_batches (template, status) VALUES ('hello', %(status)s) RETURNING id"
+        approve = """
+            UPDATE outreach_batch_items AS item
+               SET handle_key = handle
+              FROM outreach_batches AS batch, contact_relationships
+             WHERE batch.id = %(id)s AND batch_id = batch.id AND digest IS NOT NULL
+               AND contact_relationships.client_id = item.client_id AND is_primary
+        """
         batch_id = str(self.quinn(sql, status=status)[0][0])
         for name, value in columns.items():
             self.quinn(f"UPDATE outreach_batches SET {name} = %(value)s WHERE id = %(id)s", value=value, id=batch_id)
-        for client_id in [self.client() for _ in range(clients)] if isinstance(clients, int) else clients:
+        if isinstance(clients, int):
+            # A composed batch has each handle once.
+            handles = [
+                f"+1415777{next(numbers) % 10_000:04}" if columns.get("digest") else None for _ in range(clients)
+            ]
+            clients = [self.client(handle) if handle else self.client() for handle in handles]
+        for client_id in clients:
             self.item(batch_id, client_id)
+        if columns.get("digest"):
+            self.quinn(approve, id=batch_id)
         return batch_id
 
     def item(self, batch_id: str, client_id: str | None = None, **columns: Any) -> str:
@@ -301,7 +319,12 @@ class Script:
             self.process = subprocess.Popen(
                 [sys.executable, *arguments],
                 cwd=ROOT,
-                env={**os.environ, "MAC_SYNC_SERVICE_TOKEN": SERVICE_TOKEN, **environment},
+                env={
+                    **os.environ,
+                    "MAC_SYNC_SERVICE_TOKEN": SERVICE_TOKEN,
+                    "OUTREACH_OWNER_TOKEN": OWNER_TOKEN,
+                    **environment,
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
