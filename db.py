@@ -213,7 +213,7 @@ class RetryingConnection(threading.local):
                 if self.conn.closed:
                     self.conn = None
                 elif not (error.pgcode or "").startswith(STALE_PREPARED):
-                    raise _classify_error(error) from error
+                    raise classify_error(error) from error
         try:
             if self.conn is None:
                 self.conn = connect(self.address)
@@ -225,7 +225,7 @@ class RetryingConnection(threading.local):
             self.prepared = set()
             return self._execute(self.conn, sql, params)
         except psycopg2.Error as error:
-            raise _classify_error(error) from error
+            raise classify_error(error) from error
 
     def _execute(self, conn: psycopg2.extensions.connection, sql: str, params: Params | None) -> list[Row]:
         """Run a statement; prepare it first if it has parameters, because planning a poll takes longer than running it.
@@ -251,7 +251,7 @@ def as_prepared(sql: str) -> tuple[str, str]:
     return f"PREPARE {title} AS {numbered}", f"EXECUTE {title} ({arguments})"
 
 
-def _classify_error(error: psycopg2.Error) -> Exception:
+def classify_error(error: psycopg2.Error) -> Exception:
     """Return `error` if the statement is at fault; return DatabaseUnavailable if the server is."""
     unreachable = error.pgcode is None and isinstance(error, (psycopg2.OperationalError, psycopg2.InterfaceError))
     if unreachable or (error.pgcode or "").startswith(TRANSIENT_SQLSTATES):

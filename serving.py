@@ -6,6 +6,7 @@ Imported by each server script; touches no table. Example:
     sys.exit(serving.serve("outreach-server", app, [serving.listen("127.0.0.1", 3030)], threads=4))
 """
 
+import copy
 import functools
 import hmac
 import json
@@ -18,7 +19,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import bottle
 import msgspec
@@ -38,6 +39,7 @@ BODY_LIMIT = 64 * 1024  # bytes
 # The server reads a body of up to this size completely before it responds 413. If it closed the connection earlier, the
 # kernel would reset it, and the client would see the reset instead of the 413.
 READ_LIMIT = 1024 * 1024  # bytes
+UPLOAD_TIMEOUT = 300  # seconds to send a whole upload
 HEADER_LIMIT = 16 * 1024  # bytes; many times a bearer token and the headers that a proxy adds
 THREADS = 4  # if one client's statement waits for a lock, three threads remain for the others
 CONNECTION_LIMIT = 1000  # sockets; new connections above it wait in the listening socket
@@ -65,6 +67,14 @@ logger = logging.getLogger(__name__)
 # --- waitress: overrides, the loop, shutdown -------------------------------------------------------------------------
 
 
+class Upload(NamedTuple):
+    """A path to which the holder of `token` may send a body of less than `limit` bytes."""
+
+    path: str
+    limit: int
+    token: str
+
+
 class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitress has no type hints
     """Record when a request began, and work around two bugs of waitress.
 
@@ -73,9 +83,12 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitre
     Remove this class when waitress limits the time of a request and has fixed both.
     """
 
+    adj: Any  # waitress' settings of the server
+
     def __init__(self, adj: Any) -> None:
         super().__init__(adj)
         self.began = time.time()
+        self.is_upload = False
 
     def parse_header(self, header_plus: bytes) -> None:
         try:
@@ -85,6 +98,12 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitre
         finally:
             if self.body_rcv is None:
                 self.expect_continue = False
+        upload: Upload | None = self.adj.upload
+        # The token is checked before the body is read, so that nobody else can fill the disk.
+        if upload and self.path == upload.path and _is_token(self.headers.get("AUTHORIZATION", ""), upload.token):
+            self.adj = copy.copy(self.adj)
+            self.adj.max_request_body_size = upload.limit
+            self.is_upload = True
 
 
 class Task(waitress.task.WSGITask):  # type: ignore[misc]  # waitress has no type hints
@@ -157,7 +176,9 @@ class Server:
     So a slow client occupies a socket, but no thread.
     """
 
-    def __init__(self, app: bottle.Bottle, sockets: Sequence[socket.socket], threads: int) -> None:
+    def __init__(
+        self, app: bottle.Bottle, sockets: Sequence[socket.socket], threads: int, upload: Upload | None = None
+    ) -> None:
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         # If no descriptor is left for accept(), poll() reports the new connection in a busy loop.
         self.connection_limit = min(CONNECTION_LIMIT, descriptors // FILES_PER_CONNECTION)
@@ -177,6 +198,7 @@ class Server:
         self.servers = [entry for entry in self.map.values() if isinstance(entry, waitress.server.BaseWSGIServer)]
         for server in self.servers:
             server.channel_class = Channel
+            server.adj.upload = upload  # for Parser, to which waitress passes nothing else
         self.stopping = False
         self.next_warning = 0.0  # time.monotonic()
 
@@ -228,7 +250,7 @@ class Server:
         waitress' own check covers only the next request.
         """
         full = len(self.map) >= self.connection_limit
-        timeout = CLIENT_TIMEOUT_WHEN_FULL if full else CLIENT_TIMEOUT
+        timeout = CLIENT_TIMEOUT_WHEN_FULL if full else CLIENT_TIMEOUT  # of all but an upload
         if full and time.monotonic() >= self.next_warning:
             self.next_warning = time.monotonic() + WARNING_INTERVAL
             logger.warning(
@@ -238,15 +260,18 @@ class Server:
             )
         for channel in self._channels():
             since = channel.request.began if channel.request else channel.last_activity
-            if time.time() - since > timeout and not channel.requests:
+            is_upload = channel.request is not None and channel.request.is_upload
+            if time.time() - since > (UPLOAD_TIMEOUT if is_upload else timeout) and not channel.requests:
                 channel.handle_close()
 
 
-def serve(name: str, app: bottle.Bottle, sockets: Sequence[socket.socket], threads: int) -> int:
+def serve(
+    name: str, app: bottle.Bottle, sockets: Sequence[socket.socket], threads: int, upload: Upload | None = None
+) -> int:
     """Serve on sockets that listen until SIGTERM or SIGINT, then end within 10 s; return the exit status."""
     logging.getLogger("waitress").addFilter(_filter_waitress)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns whenever a request waits for a thread
-    server = Server(app, sockets, threads)
+    server = Server(app, sockets, threads, upload)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
     for listening in sockets:
@@ -317,13 +342,21 @@ def make_app(url_variable: str) -> bottle.Bottle:
 
 def bearer_token() -> str:
     """Return the request's bearer token; "" if it is missing or malformed."""
-    match = BEARER.fullmatch(request.environ.get("HTTP_AUTHORIZATION", ""))
+    return _bearer_token(request.environ.get("HTTP_AUTHORIZATION", ""))
+
+
+def _bearer_token(authorization: str) -> str:
+    match = BEARER.fullmatch(authorization)
     return match[1] if match else ""
+
+
+def _is_token(authorization: str, expected: str) -> bool:
+    return hmac.compare_digest(_bearer_token(authorization).encode(), expected.encode())
 
 
 def require_token(expected: str) -> None:
     """Abort with 401 if the request's bearer token is not `expected`."""
-    if not hmac.compare_digest(bearer_token().encode(), expected.encode()):
+    if not _is_token(request.environ.get("HTTP_AUTHORIZATION", ""), expected):
         abort_unauthorized()
 
 
@@ -362,7 +395,7 @@ def _error(sentence: str, data: Data | None = None) -> bytes:
     return msgspec.json.encode({**content, "data": data} if data else content)
 
 
-def _handle_errors(endpoint: Callable[..., Data], url_variable: str) -> Callable[..., bytes]:
+def _handle_errors(endpoint: Callable[..., object], url_variable: str) -> Callable[..., bytes]:
     """Wrap an endpoint: respond with its data as JSON; log an exception and respond with an error.
 
     The log gets only the kind of an exception, because PostgreSQL's texts quote the values of the statement.

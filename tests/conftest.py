@@ -20,6 +20,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import responses
 import schedule
 from helpers import ApiClient
 from testing import (
+    OWNER_TOKEN,
     SERVICE_TOKEN,
     Clone,
     Databases,
@@ -42,6 +44,7 @@ from testing import (
 
 import db
 import dispatcher
+import outreach_server
 import pacing
 import send_queue_server
 import serving
@@ -236,6 +239,27 @@ def mac_sync(base_url: str) -> Iterator[dispatcher.SendQueueClient]:
 def admin(base_url: str) -> ApiClient:
     """A client of that server with the service token."""
     return ApiClient(base_url, SERVICE_TOKEN)
+
+
+@pytest.fixture
+def owner_url(databases: Databases) -> Iterator[str]:
+    """The outreach server on a real socket, in a thread of this process, over the test's databases."""
+    api = outreach_server.Api(OWNER_TOKEN, databases.quinn_url, databases.icloud_url, timedelta(seconds=30))
+    listening = serving.listen("127.0.0.1", 0)
+    upload = serving.Upload(outreach_server.CLIENTS, outreach_server.UPLOAD_LIMIT, OWNER_TOKEN)
+    server = serving.Server(outreach_server.make_app(api), [listening], threads=4, upload=upload)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server.stop()
+    thread.join()
+    server.close()
+
+
+@pytest.fixture
+def owner(owner_url: str) -> ApiClient:
+    """A client of that server with the owner's token."""
+    return ApiClient(owner_url, OWNER_TOKEN)
 
 
 @pytest.fixture

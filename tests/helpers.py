@@ -87,11 +87,13 @@ class ApiClient:
         self.base_url = base_url
         self.headers = {"Authorization": f"Bearer {token}"} if token else {}
 
-    def call(self, method: str, path: str, body: object = None, **options: Any) -> requests.Response:
+    def call(
+        self, method: str, path: str, body: object = None, timeout: float = 10, **options: Any
+    ) -> requests.Response:
         """Send a request whose body is bytes, text, or a value for JSON."""
         data = body if isinstance(body, bytes | str) or body is None else json.dumps(body)
         options.setdefault("headers", self.headers)
-        response = requests.request(method, self.base_url + path, data=data, timeout=10, **options)
+        response = requests.request(method, self.base_url + path, data=data, timeout=timeout, **options)
         assert response.headers["Content-Type"] == "application/json"
         content = response.json()
         assert content["success"] is (response.status_code == 200)

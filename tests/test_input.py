@@ -3,15 +3,13 @@
 import json
 import random
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-import yaml
-from testing import ROOT, SERVICE_TOKEN, Script, TestData
+from contract import Contract, run_schemathesis
+from testing import SERVICE_TOKEN, Script, TestData
 
 SECRET_BODY = "The-body-of-a-message"
 SECRET_HANDLE = "+14155550199"
@@ -136,29 +134,8 @@ def test_generated_requests_get_only_documented_responses(
     world: TestData, server: tuple[Script, str], tmp_path: Path, seed: int, authenticated: bool
 ) -> None:
     """Run all checks of schemathesis. A copy of the contract names the device, so that requests can name it."""
-    contract = yaml.safe_load((ROOT / "openapi.yaml").read_text())
+    contract = Contract("openapi.yaml").content
     device_id = contract["components"]["schemas"]["Enqueue"]["properties"]["deviceId"]
     device_id["enum"] = [world.device(token=DEVICE_TOKEN)]
-    (tmp_path / "openapi.yaml").write_text(yaml.safe_dump(contract))
     tokens = {"deviceToken": DEVICE_TOKEN, "serviceToken": SERVICE_TOKEN} if authenticated else {}
-    settings = [f'[auth.openapi.{name}]\nbearer = "{token}"\n' for name, token in tokens.items()]
-    (tmp_path / "schemathesis.toml").write_text("".join(settings))
-    program = str(Path(sys.executable).with_name("schemathesis"))
-    options = [
-        "--checks=all",
-        "--phases=examples,coverage,fuzzing",
-        "--max-examples=150",
-        f"--seed={seed}",
-        "--no-color",
-    ]
-    if not authenticated:
-        options.append("--exclude-checks=positive_data_acceptance")  # each is a 401
-    done = subprocess.run(
-        [program, "--config-file=schemathesis.toml", "run", "openapi.yaml", f"--url={server[1]}", *options],
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_schemathesis(tmp_path, contract, server[1], tokens, seed)

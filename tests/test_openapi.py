@@ -9,14 +9,14 @@ import jsonschema
 import psycopg2
 import pytest
 import requests
-import yaml
-from testing import ROOT, SERVICE_TOKEN, TestData
+from contract import Contract
+from testing import SERVICE_TOKEN, TestData
 
 import db
 import handles
 import send_queue_server
 
-CONTRACT = yaml.safe_load((ROOT / "openapi.yaml").read_text())
+CONTRACT = Contract("openapi.yaml")
 PENDING = "/client/imessage/send-queue/pending"
 COLLECT = "/client/imessage/send-queue/{id}/collect"
 RESULT = "/client/imessage/send-queue/{id}/result"
@@ -25,13 +25,6 @@ OPT_OUTS = "/client/imessage/opt-outs"
 ENQUEUE = "/admin/send-queue/enqueue"
 STATUS = "/admin/send-queue/status"
 TOO_LONG = b"x" * 70_000
-
-PROMISES = [
-    (path, method, int(status))
-    for path, operations in CONTRACT["paths"].items()
-    for method, operation in operations.items()
-    for status in operation["responses"]
-]
 
 
 class Api:
@@ -139,45 +132,19 @@ ASKED: dict[str, Callable[[Api], requests.Response]] = {
 }
 
 
-def schema_of(definition: dict[str, Any]) -> dict[str, Any]:
-    """Return the JSON Schema of an OpenAPI 3.0 schema: its references resolved, its `nullable` a type."""
-    if "$ref" in definition:
-        target: Any = CONTRACT
-        for name in definition["$ref"].removeprefix("#/").split("/"):
-            target = target[name]
-        return schema_of(target)
-    schema: dict[str, Any] = {
-        key: schema_of(value) if isinstance(value, dict) else value for key, value in definition.items()
-    }
-    if "allOf" in schema:
-        schema["allOf"] = [schema_of(each) for each in schema["allOf"]]
-    return {**schema, "type": [schema["type"], "null"]} if schema.get("nullable") is True else schema
-
-
-def check(response: requests.Response, path: str, method: str, status: int) -> None:
-    """Fail unless the response has the documented status, headers, type and form."""
-    assert response.status_code == status, response.text
-    promised = schema_of(CONTRACT["paths"][path][method]["responses"][str(status)])
-    for name, header in promised.get("headers", {}).items():
-        jsonschema.validate(response.headers.get(name), header["schema"])
-    [(media_type, content)] = promised["content"].items()
-    assert response.headers["Content-Type"] == media_type
-    jsonschema.validate(response.json(), content["schema"], format_checker=jsonschema.FormatChecker())
-
-
 def test_contract_names_every_route(databases: object) -> None:
     app = send_queue_server.make_app(db.RetryingConnection(""), SERVICE_TOKEN)
     routes = {
         (route.rule.replace("<queue_id>", "{id}"), route.method) for route in app.routes if route.method != "HEAD"
     }
-    assert routes == {(path, method.upper()) for path, method, _ in PROMISES}
+    assert routes == {(path, method.upper()) for path, method, _ in CONTRACT.promises}
 
 
 def test_each_documented_response_occurs(world: TestData, base_url: str) -> None:
-    for path, method, status in PROMISES:
+    for path, method, status in CONTRACT.promises:
         if status not in (500, 503):
             world.icloud("TRUNCATE icloud.devices CASCADE")
-            check(PROVOKED[path, status](Api(base_url, world)), path, method, status)
+            CONTRACT.check(PROVOKED[path, status](Api(base_url, world)), path, method, status)
 
 
 def test_database_errors_get_documented_responses(
@@ -187,11 +154,11 @@ def test_database_errors_get_documented_responses(
     for error, status in ((psycopg2.DataError(), 500), (db.DatabaseUnavailable("no connection"), 503)):
         with monkeypatch.context() as patch:
             patch.setattr(db.RetryingConnection, "query", failing(error))
-            for path, method in sorted({(path, method) for path, method, _ in PROMISES}):
-                check(ASKED[path](api), path, method, status)
+            for path, method in sorted({(path, method) for path, method, _ in CONTRACT.promises}):
+                CONTRACT.check(ASKED[path](api), path, method, status)
     world.icloud("ALTER SCHEMA icloud RENAME TO elsewhere")
-    for path, method in sorted({(path, method) for path, method, _ in PROMISES if path != "/healthz"}):
-        check(ASKED[path](api), path, method, 503)
+    for path, method in sorted({(path, method) for path, method, _ in CONTRACT.promises if path != "/healthz"}):
+        CONTRACT.check(ASKED[path](api), path, method, 503)
 
 
 def failing(error: Exception) -> Callable[..., NoReturn]:
@@ -208,7 +175,7 @@ ONLY_ECMAS_SPACE = 0xFEFF
 
 
 def test_contract_and_server_accept_same_handles() -> None:
-    pattern = CONTRACT["components"]["schemas"]["Handle"]["pattern"]
+    pattern = CONTRACT.content["components"]["schemas"]["Handle"]["pattern"]
     # ECMA's $ is the very end, where Python's also stands before a last newline.
     promised = re.compile(pattern.replace(r"\s", ECMA_SPACE).removesuffix("$") + r"\Z")
     digits = ["12", "123", "1" * 15, "1" * 16, "+123", "++123", "+1 (415) 555-0123", "123 ", "123\n", "1/23", "٣٣٣"]
@@ -223,20 +190,20 @@ def test_contract_and_server_accept_same_handles() -> None:
 def test_peek_and_collect_match_contract(world: TestData, base_url: str) -> None:
     api = Api(base_url, world)
     peeked = api.call("GET", PENDING + "?peek=true", "mac-mini")
-    check(peeked, PENDING, "get", 200)
-    item_message = schema_of({"$ref": "#/components/schemas/ItemMessage"})
+    CONTRACT.check(peeked, PENDING, "get", 200)
+    item_message = CONTRACT.schema_of({"$ref": "#/components/schemas/ItemMessage"})
     [item] = peeked.json()["data"]["items"]
     for found in (item, api.collect().json()["data"]):
         jsonschema.validate(found, item_message, format_checker=jsonschema.FormatChecker())
 
 
 def test_contract_and_server_accept_same_words() -> None:
-    words = CONTRACT["components"]["schemas"]["OptOut"]["properties"]["word"]["enum"]
+    words = CONTRACT.content["components"]["schemas"]["OptOut"]["properties"]["word"]["enum"]
     assert set(words) == handles.STOP_WORDS | handles.START_WORDS
 
 
 def test_contract_examples_match_their_schemas() -> None:
     for name in ("Enqueue", "Result", "Message", "Collect", "Health", "OptOut"):
-        for definition in CONTRACT["components"]["schemas"][name]["properties"].values():
+        for definition in CONTRACT.content["components"]["schemas"][name]["properties"].values():
             if "example" in definition:
-                jsonschema.validate(definition["example"], schema_of(definition))
+                jsonschema.validate(definition["example"], CONTRACT.schema_of(definition))
