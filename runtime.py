@@ -5,12 +5,14 @@ Used by the main() of every script; touches no table. Example:
     runtime.load_settings(); runtime.set_up_logging(); runtime.sd_notify("READY=1")
 """
 
+import json
 import logging
 import os
 import re
 import socket
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import dotenv
@@ -45,12 +47,29 @@ def env_int(name: str, default: int, lowest: int = 1, highest: int = 86_400) -> 
 def service_token() -> str | None:
     """Return MAC_SYNC_SERVICE_TOKEN; None if unset. Raises ConfigError if it is too short or not visible ASCII."""
     token = os.environ.get("MAC_SYNC_SERVICE_TOKEN") or None
-    if token and (len(token) < TOKEN_LENGTH or not re.fullmatch("[!-~]+", token)):
+    if token and not _is_good_token(token):
         raise ConfigError(
             f"MAC_SYNC_SERVICE_TOKEN must have at least {TOKEN_LENGTH} characters, all of them visible ASCII: "
             "make one with `openssl rand -hex 24` and set it for both the server and the dispatcher"
         )
     return token
+
+
+def owner_token() -> str:
+    """Return OUTREACH_OWNER_TOKEN. Raises ConfigError if it is unset, too short or not visible ASCII."""
+    token = os.environ.get("OUTREACH_OWNER_TOKEN") or ""
+    if not _is_good_token(token):
+        problem = "must have at least 16 characters, all of them visible ASCII" if token else "is not set"
+        raise ConfigError(f"OUTREACH_OWNER_TOKEN {problem}: make one with `openssl rand -hex 24`")
+    if token == os.environ.get("MAC_SYNC_SERVICE_TOKEN"):
+        raise ConfigError(
+            "OUTREACH_OWNER_TOKEN is the same as MAC_SYNC_SERVICE_TOKEN: make another one with `openssl rand -hex 24`"
+        )
+    return token
+
+
+def _is_good_token(token: str) -> bool:
+    return len(token) >= TOKEN_LENGTH and re.fullmatch("[!-~]+", token) is not None
 
 
 class JournalFormatter(logging.Formatter):
@@ -63,13 +82,42 @@ class JournalFormatter(logging.Formatter):
         return f"<{priority}>" + super().format(record).replace("\n", f"\n<{priority}>")
 
 
+class JsonFormatter(logging.Formatter):
+    """Format each record as one JSON object: time, level, logger, event, the message's `key=value` pairs, traceback.
+
+    `event` is the message without its pairs. A pair's key that is one of the others gets an underscore.
+    """
+
+    # A value is quoted as by %r, or ends at a space or semicolon.
+    PAIR = re.compile(r"""\b([a-zA-Z]\w*)=('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^\s;]+)""")
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        entry = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "event": " ".join(self.PAIR.sub("", text).split()),
+        }
+        for key, value in self.PAIR.findall(text):
+            entry[f"{key}_" if key in entry else key] = value[1:-1] if value[0] in "'\"" else value
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry, ensure_ascii=False)
+
+
 def set_up_logging() -> None:
-    """Log to stderr at LOG_LEVEL. Raises ConfigError if LOG_LEVEL is not a level."""
+    """Log to stderr at LOG_LEVEL, as LOG_FORMAT says. Raises ConfigError if one of them is unknown."""
     level = (os.environ.get("LOG_LEVEL") or "INFO").upper()
     if level not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
         raise ConfigError(f"LOG_LEVEL is {level!r}: set it to DEBUG, INFO, WARNING or ERROR")
+    log_format = os.environ.get("LOG_FORMAT") or "text"
+    if log_format not in {"text", "json"}:
+        raise ConfigError(f"LOG_FORMAT is {log_format!r}: set it to text or json")
     handler = logging.StreamHandler()
-    if _logs_to_the_journal():
+    if log_format == "json":
+        handler.setFormatter(JsonFormatter())
+    elif _logs_to_the_journal():
         handler.setFormatter(JournalFormatter("%(message)s"))
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -1,5 +1,6 @@
 """Check settings from the environment, logs for a terminal and the journal, and messages to systemd."""
 
+import json
 import logging
 import os
 import socket
@@ -117,6 +118,41 @@ def test_terminal_lines_start_with_time_and_level(
     [line] = capsys.readouterr().err.splitlines()
     assert line.endswith(" INFO event")
     assert line[:2] == "20"
+
+
+def json_lines(stderr: str) -> list[dict[str, str]]:
+    return [{key: value for key, value in json.loads(line).items() if key != "time"} for line in stderr.splitlines()]
+
+
+def test_json_lines_have_the_same_keys(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], logs: None
+) -> None:
+    monkeypatch.setenv("LOG_FORMAT", "json")
+    runtime.set_up_logging()
+    logger = logging.getLogger("any")
+    logger.info("item queued to mac-sync sendQueueId=%s item=%s to=%s", "7", "8", "+1415•••71")
+    logger.warning("stopped error=%r level=high; waiting; \nno url=", 'it\'s "so"')
+    try:
+        raise ValueError("x=1")
+    except ValueError:
+        logger.exception("job failed")
+    first, second, third = json_lines(capsys.readouterr().err)
+    assert first == {
+        "level": "INFO", "logger": "any", "event": "item queued to mac-sync", "sendQueueId": "7", "item": "8",
+        "to": "+1415•••71",
+    }  # fmt: skip
+    assert second == {
+        "level": "WARNING", "logger": "any", "event": "stopped ; waiting; no url=", "level_": "high",
+        "error": "it\\'s \"so\"",
+    }  # fmt: skip
+    assert third["event"] == "job failed"
+    assert third["traceback"].endswith("ValueError: x=1")
+
+
+def test_unknown_log_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOG_FORMAT", "xml")
+    with pytest.raises(runtime.ConfigError, match="LOG_FORMAT is 'xml': set it to text or json"):
+        runtime.set_up_logging()
 
 
 def test_invalid_log_level_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
