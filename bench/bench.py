@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import composing_rows
 import dispatch_rows
 import http_rows
 import memory_rows
@@ -35,6 +36,9 @@ GROUPS = {
         dispatch_rows.bulk,
         message_rows.message,
         memory_rows.memory,
+        composing_rows.search,
+        composing_rows.draft,
+        composing_rows.import_file,
     )
 }
 

@@ -48,12 +48,14 @@ class Size(NamedTuple):
     messages: int  # sent one after another
     results: int  # of one sync
     sends: int  # in one tick
+    clients: int  # of a search
+    recipients: int  # of a draft, and lines of an imported file
     memory_seconds: float
     fsync: str  # PostgreSQL's setting
 
 
-FULL = Size(0.5, 5, 1_000_000, 10_000, 50_000, 1000, 1000, 300, 10_000, 1000, 10, "on")
-QUICK = Size(0.02, 1, 2000, 200, 200, 20, 10, 5, 50, 5, 0.1, "off")
+FULL = Size(0.5, 5, 1_000_000, 10_000, 50_000, 1000, 1000, 300, 10_000, 1000, 1_000_000, 100_000, 10, "on")
+QUICK = Size(0.02, 1, 2000, 200, 200, 20, 10, 5, 50, 5, 2000, 500, 0.1, "off")
 
 
 class Server:

@@ -10,7 +10,9 @@ import io
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from contextlib import closing
+from datetime import UTC, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,14 @@ import psycopg2.errors
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the product's files are beside this directory
 
+import composing
 import db
 import dispatcher
 import handles
+import importing
 import runtime
 import send_queue_server
+import templates
 
 ROOT = Path(db.__file__).parent
 SERVICE_TOKEN = "service-token-0123456789"  # noqa: S105  # protects only a temporary database
@@ -138,3 +143,28 @@ def endpoint_sql(method: str, path: str, token: str, body: bytes = b"") -> str:
     app(environ, lambda *_: None)
     [sql] = recorder.statements
     return sql
+
+
+def search(url: str, where: dict[str, Any]) -> None:
+    """Search with composing.search(), over new connections, as a request does."""
+    with closing(connect(url)) as quinn, closing(connect(url)) as icloud:
+        composing.search(quinn, icloud, composing.Request(query={"v": 1, "where": where}))
+
+
+def draft(url: str, query: dict[str, Any], template: str) -> int:
+    """Draft a batch with composing.draft(); return the number of its items."""
+    request = composing.Request(id=uuid.uuid4(), query=query, template=template)
+    with closing(connect(url)) as quinn, closing(connect(url)) as icloud:
+        return composing.draft(quinn, icloud, request, timedelta(seconds=30), "bench").items
+
+
+def renderer(template: str, known: Collection[str]) -> Callable[[Mapping[str, object]], str]:
+    """Return a function that renders a text for one client."""
+    text = templates.parse(template, known)
+    return lambda client: text.render(client, UTC).body
+
+
+def import_file(url: str, path: Path) -> None:
+    """Import a CSV file with importing.plan() and importing.apply()."""
+    with closing(connect(url)) as quinn, closing(connect(url)) as icloud, path.open("rb") as file:
+        importing.apply(quinn, importing.plan(quinn, icloud, file, path.name))

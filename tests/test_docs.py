@@ -6,20 +6,26 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from datetime import UTC
 from pathlib import Path
 
 import psycopg2.extensions
 import pytest
-from testing import ROOT, SERVICE_TOKEN, Databases, Script, TestData
+from receiver import running_receiver
+from testing import OWNER_TOKEN, ROOT, SERVICE_TOKEN, Databases, Script, TestData
 
 import db
 import handles
+import templates
+import values
 
+COMPOSING = ROOT / "docs" / "composing.md"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A block with one of these needs root and a host of its own.
 HOST_COMMANDS = re.compile(r"\b(apt-get|journalctl|runuser|systemctl)\b")
 # Variables of systemd and of the C library, which are not settings of ours.
-FOREIGN_VARIABLES = {"JOURNAL_STREAM", "LC_ALL", "LISTEN_FDS", "LISTEN_PID", "NOTIFY_SOCKET"}
+FOREIGN_VARIABLES = {"JOURNAL_STREAM", "LC_ALL", "LISTEN_FDS", "LISTEN_PID", "NOTIFY_SOCKET", "STATE_DIRECTORY"}
 # Let the pages' commands run here: `psql quinn` and `python` find the test's database and this interpreter.
 PRELUDE = """
     set -euo pipefail
@@ -123,6 +129,16 @@ def test_api_walkthrough_works(world: TestData, server: tuple[Script, str]) -> N
     assert "limit reached limit=max_per_hour used=3 of=3" in done.stderr
 
 
+def test_owners_api_walkthrough_works(world: TestData, start: Callable[..., Script]) -> None:
+    setup, *steps = code_blocks(ROOT / "docs" / "api.md", "sh", "Try the owner's API")
+    assert "OWNER_API" in setup  # the reader's server; here it is the test's
+    url = f"http://127.0.0.1:{start('outreach_server.py', OUTREACH_PORT='0').port()}"
+    done = run(steps, OWNER_API=url, OUTREACH_OWNER_TOKEN=OWNER_TOKEN)
+    assert "Hello Jane, this is Ann." in done.stdout
+    assert world.quinn("SELECT status, first_n FROM outreach_batches") == [("cancelled", 1)]
+    assert world.statuses() == ["pending"] * 2
+
+
 def test_operating_commands_work(world: TestData, server: tuple[Script, str]) -> None:
     # As a running dispatcher does; without it, status.py exits with 1.
     world.quinn("UPDATE outreach_settings SET last_tick_at = now(), last_synced_at = now(), last_dispatched_at = now()")
@@ -130,8 +146,10 @@ def test_operating_commands_work(world: TestData, server: tuple[Script, str]) ->
     batch_id = world.batch(1)
     world.item(batch_id, status="failed", failure_reason="not registered")
     blocks = [block for block in code_blocks(ROOT / "docs" / "operating.md", "sh") if not HOST_COMMANDS.search(block)]
-    assert len(blocks) == 7
-    done = run(blocks, MAC_SYNC_BASE_URL=server[1], BATCH_ID=batch_id)
+    assert len(blocks) == 8
+    with running_receiver() as receiver:
+        done = run(blocks, MAC_SYNC_BASE_URL=server[1], BATCH_ID=batch_id, ALERT_URLS=receiver.alert_url)
+    assert len(receiver.texts()) == 1
     assert "1 failed items are pending again; the batch is sending" in done.stdout
     assert done.stdout.endswith("dispatch: 1 queued\n")
     assert world.quinn("SELECT paused, max_per_day FROM outreach_settings") == [(False, 100)]
@@ -253,3 +271,34 @@ def test_phone_number_table_is_correct(monkeypatch: pytest.MonkeyPatch, column: 
     for row in table_rows(ROOT / "docs" / "operating.md", "Number"):
         expected = None if row[column].startswith("unchanged") else row[column]
         assert handles.to_send(row[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "result"),
+    [
+        (example.replace("\\|", "|"), result)
+        for example, result in re.findall(
+            r"^\| .*? \| `(\{\{ client.*? \}\})` \| `(.*)` \|$", COMPOSING.read_text(), re.MULTILINE
+        )
+    ],
+)
+def test_examples_of_filters_give_the_documented_results(text: str, result: str) -> None:
+    client = {
+        "first_name": "Jane", "name": "Jane Doe", "note": "likes mornings", "last_spend": "19.90",
+        "customer_since": "2025-03-05",
+    }  # fmt: skip
+    assert templates.parse(text, {*client, "nickname"}).render(client, UTC).body == result
+
+
+def test_filters_tags_and_date_formats_are_documented() -> None:
+    page = COMPOSING.read_text()
+    documented = {
+        name for cell in re.findall(r"^\| (.*?) \| `\{\{", page, re.MULTILINE) for name in re.findall("`(.*?)`", cell)
+    }
+    assert documented == values.FILTERS.keys()
+    tags = set(re.findall(r"\{% (\w+) %\}", page[page.index("- Tags:") :]))
+    assert tags - {"endif"} == set(templates.TAGS.split(", "))
+    [directives] = re.findall(r"^  `(%.*)`; months", page, re.MULTILINE)
+    assert {each.removeprefix("%") for each in directives.split()} | {"%"} == {
+        *values.DATE_DIRECTIVES, *values.TIME_DIRECTIVES,
+    }  # fmt: skip

@@ -5,8 +5,28 @@ import ast
 import pytest
 from testing import ROOT
 
-SCRIPTS = {"send_queue_server", "dispatcher", "status"}
-RULES = {"pacing", "forecast", "report", "batches", "handles"}
+SCRIPTS = {"send_queue_server", "outreach_server", "dispatcher", "outreach", "status", "alert"}
+RULES = {
+    "pacing",
+    "forecast",
+    "report",
+    "batches",
+    "handles",
+    "templates",
+    "unusual",
+    "values",
+    "screens",
+    "terminal",
+    "import_columns",
+    "importing",
+    "last_checks",
+    "spreadsheet",
+    "audience",
+    "client_fields",
+    "composing",
+    "recipients",
+    "settings",
+}
 FOUNDATION = {"serving", "db", "runtime"}
 OURS = SCRIPTS | RULES | FOUNDATION
 

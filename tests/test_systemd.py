@@ -3,6 +3,7 @@
 import configparser
 import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -10,21 +11,34 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 import pytest
 import requests
 import waitress.adjustments
-from testing import ROOT, SERVICE_TOKEN, Databases, Script, TestData, numbers
+from testing import OWNER_TOKEN, ROOT, SERVICE_TOKEN, Databases, Script, TestData, numbers
 
+import outreach_server
 import runtime
 import send_queue_server
 import serving
 
 INSTALLED = "/opt/send-queue/"
 UNITS = sorted((ROOT / "systemd").glob("*.service"))
+DISPATCHER = ROOT / "systemd" / "outreach-dispatcher.service"
+ALERT = ROOT / "systemd" / "outreach-alert.service"  # run by its timer, so systemd does not restart it
+RESTARTED = [unit for unit in UNITS if unit != ALERT]
 SOCKET = ROOT / "systemd" / "send-queue-server.socket"
 TEMPLATE = ROOT / "systemd" / "send-queue-server@.service"
+OWNER_SOCKET = ROOT / "systemd" / "outreach-server.socket"
+OWNER_SERVICE = ROOT / "systemd" / "outreach-server.service"
+# Each server: its socket, its service, the service that the first connection starts.
+SERVERS = [(SOCKET, TEMPLATE, "send-queue-server@1.service"), (OWNER_SOCKET, OWNER_SERVICE, OWNER_SERVICE.name)]
+
+each_server = pytest.mark.parametrize(
+    ("socket_unit", "service", "first"), SERVERS, ids=["send-queue-server", "outreach-server"]
+)
 
 needs_systemd = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="this host has no systemd-analyze")
 
@@ -113,26 +127,35 @@ def test_unit_runs_an_existing_script(unit: Path) -> None:
 
 
 def test_units_share_user_and_environment_file() -> None:
-    assert [unit.name for unit in UNITS] == ["outreach-dispatcher.service", TEMPLATE.name]
+    assert UNITS == [ALERT, DISPATCHER, OWNER_SERVICE, TEMPLATE]
     services = [section(unit, "Service") for unit in UNITS]
     assert [(service["User"], service["EnvironmentFile"]) for service in services] == [
         ("sendqueue", "/etc/send-queue.env")
-    ] * 2
+    ] * len(UNITS)
 
 
-@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+@pytest.mark.parametrize("unit", RESTARTED, ids=lambda unit: unit.stem)
 def test_unit_restarts_without_limit(unit: Path) -> None:
     assert section(unit, "Unit")["StartLimitIntervalSec"] == "0"
     assert section(unit, "Service")["Restart"] == "on-failure"
 
 
-def test_server_processes_follow_their_socket() -> None:
-    assert section(TEMPLATE, "Service")["Sockets"] == SOCKET.name
-    assert section(TEMPLATE, "Unit")["Requires"] == SOCKET.name
-    assert SOCKET.name in section(TEMPLATE, "Install")["WantedBy"].split()
+@each_server
+def test_server_processes_follow_their_socket(socket_unit: Path, service: Path, first: str) -> None:
+    assert section(service, "Service")["Sockets"] == socket_unit.name
+    assert section(service, "Unit")["Requires"] == socket_unit.name
+    assert socket_unit.name in section(service, "Install")["WantedBy"].split()
+    assert section(socket_unit, "Socket")["Service"] == first
 
 
-def test_socket_unit_uses_default_address(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("script", "socket_unit"),
+    [(send_queue_server, SOCKET), (outreach_server, OWNER_SOCKET)],
+    ids=["send-queue-server", "outreach-server"],
+)
+def test_socket_unit_uses_default_address(
+    monkeypatch: pytest.MonkeyPatch, script: ModuleType, socket_unit: Path
+) -> None:
     def listen(host: str, port: int) -> NoReturn:
         addresses.append(f"{host}:{port}")
         raise OSError("not in a test")
@@ -142,49 +165,53 @@ def test_socket_unit_uses_default_address(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(runtime, "load_settings", lambda: None)
     monkeypatch.setattr(runtime, "set_up_logging", lambda: None)
     monkeypatch.setenv("MAC_SYNC_SERVICE_TOKEN", SERVICE_TOKEN)
+    monkeypatch.setenv("OUTREACH_OWNER_TOKEN", OWNER_TOKEN)
     for name in ("QUINN_DB_URL", "QUINN_ICLOUD_DB_URL"):
         monkeypatch.setenv(name, "postgresql://nowhere")
-    for name in ("SEND_QUEUE_HOST", "SEND_QUEUE_PORT"):
+    for name in ("SEND_QUEUE_HOST", "SEND_QUEUE_PORT", "OUTREACH_HOST", "OUTREACH_PORT"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(runtime.ConfigError, match="cannot listen"):
-        send_queue_server.main([])
-    assert addresses == [section(SOCKET, "Socket")["ListenStream"]]
-    assert section(SOCKET, "Install")["WantedBy"] == "sockets.target"
+        script.main([])
+    assert addresses == [section(socket_unit, "Socket")["ListenStream"]]
+    assert section(socket_unit, "Install")["WantedBy"] == "sockets.target"
 
 
 def test_dispatcher_starts_after_server() -> None:
     first = section(SOCKET, "Socket")["Service"]
     assert first == TEMPLATE.name.replace("@", "@1")
-    assert first in section(ROOT / "systemd" / "outreach-dispatcher.service", "Unit")["After"].split()
+    assert first in section(DISPATCHER, "Unit")["After"].split()
 
 
-def test_socket_backlog_matches_server() -> None:
-    assert section(SOCKET, "Socket")["Backlog"] == str(waitress.adjustments.Adjustments.backlog)
+@each_server
+def test_socket_backlog_matches_server(socket_unit: Path, service: Path, first: str) -> None:
+    assert section(socket_unit, "Socket")["Backlog"] == str(waitress.adjustments.Adjustments.backlog)
 
 
-def test_unit_allows_enough_descriptors_and_stop_time() -> None:
-    unit = section(TEMPLATE, "Service")
+@each_server
+def test_unit_allows_enough_descriptors_and_stop_time(socket_unit: Path, service: Path, first: str) -> None:
+    unit = section(service, "Service")
     assert int(unit["LimitNOFILE"]) >= serving.CONNECTION_LIMIT * serving.FILES_PER_CONNECTION
     assert int(unit["TimeoutStopSec"]) > serving.SHUTDOWN_TIMEOUT + 2
 
 
-def test_unit_keeps_shared_socket_non_blocking() -> None:
-    assert section(TEMPLATE, "Service")["NonBlocking"] == "yes"
+@each_server
+def test_unit_keeps_shared_socket_non_blocking(socket_unit: Path, service: Path, first: str) -> None:
+    assert section(service, "Service")["NonBlocking"] == "yes"
 
 
 @needs_systemd
 def test_systemd_accepts_hardened_units() -> None:
     done = verify(ROOT / "systemd")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Overall exposure level") == 2
+    assert re.findall(r"exposure level for \S+: ([0-9.]+)", done.stdout) == ["1.2"] * len(UNITS)
 
 
 @needs_systemd
 @pytest.mark.parametrize(
     ("good", "bad"),
     [
-        pytest.param("Restart=on-failure", "Restrat=on-failure", id="unknown key"),
-        pytest.param("Restart=on-failure", "Restart=sometimes", id="unknown value"),
+        pytest.param("PrivateIPC=", "PrivateICP=", id="unknown key"),
+        pytest.param("ProtectProc=invisible", "ProtectProc=sometimes", id="unknown value"),
         pytest.param("ExecStart=/opt/send-queue/.venv/bin/python", "ExecStart=python9", id="no interpreter"),
         pytest.param("PrivateUsers=yes", "PrivateUsers=no\nCapabilityBoundingSet=~\nNoNewPrivileges=no", id="soft"),
     ],
@@ -207,8 +234,14 @@ def test_verify_refuses_broken_socket(tmp_path: Path, good: str, bad: str) -> No
     assert_refused(tmp_path, SOCKET, good, bad)
 
 
-def test_server_is_ready_when_it_accepts_connections(systemd: Systemd, start: Callable[..., Script]) -> None:
-    script = start("send_queue_server.py", SEND_QUEUE_PORT="0", NOTIFY_SOCKET=systemd.address)
+@needs_systemd
+def test_verify_refuses_broken_socket_of_the_owners_api(tmp_path: Path) -> None:
+    assert_refused(tmp_path, OWNER_SOCKET, "ListenStream=127.0.0.1:3030", "ListenStream=127.0.0.1:99999")
+
+
+@pytest.mark.parametrize("name", ["send_queue_server.py", "outreach_server.py"])
+def test_server_is_ready_when_it_accepts_connections(systemd: Systemd, start: Callable[..., Script], name: str) -> None:
+    script = start(name, SEND_QUEUE_PORT="0", OUTREACH_PORT="0", NOTIFY_SOCKET=systemd.address)
     assert systemd.next() == "READY=1"
     [line] = [line for line in script.lines() if "listening" in line]  # logged before it is ready
     port = line.partition("port=")[2].split()[0]
