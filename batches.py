@@ -67,10 +67,10 @@ def acquire_lock(quinn: Connection, stop: threading.Event) -> None:
 def withdraw(quinn: Connection, icloud: Connection, hold: pacing.Hold | None) -> int:
     """Withdraw the uncollected rows that must not be sent now; return how many.
 
-    Those are all rows of items while a hold of everything lasts; otherwise the rows of batches that are not sending,
-    rows past their valid_until, and rows that the dispatcher made (drafted_at) and whose item was deleted. It starts
-    from the rows, because a crash may have left one whose item still says `pending`. A row that was put in by hand is
-    left alone until its valid_until.
+    Those are all rows of items while a hold of everything lasts; otherwise the rows of batches that may not be sent
+    now (their status, their times, their approval), rows past their valid_until, and rows that the dispatcher made
+    (drafted_at) and whose item was deleted. It starts from the rows, because a crash may have left one whose item still
+    says `pending`. A row that was put in by hand is left alone until its valid_until.
     """
     uncollected = """
         SELECT id, batch_item_id, COALESCE(valid_until <= now(), false), drafted_at IS NOT NULL
@@ -80,9 +80,12 @@ def withdraw(quinn: Connection, icloud: Connection, hold: pacing.Hold | None) ->
     wanted = """
         SELECT item.id,
                batch.status = 'sending' AND NOT batch.dry_run AND item.status IN ('pending', 'queued')
-               AND (batch.digest IS NULL OR batch.approved_at IS NOT NULL)
+               AND (batch.digest IS NULL
+                    OR (batch.approved_at IS NOT NULL AND now() >= COALESCE(send_from, '-infinity')
+                        AND now() < LEAST(send_until, approved_at + approval_days * interval '1 day', 'infinity')))
           FROM outreach_batch_items AS item
           JOIN outreach_batches AS batch ON batch.id = item.batch_id
+          LEFT JOIN outreach_settings AS settings ON settings.id = 1
          WHERE item.id = ANY (%(ids)s::uuid[])
     """
     rows = db.query(icloud, uncollected)
@@ -223,33 +226,48 @@ def _take_back(quinn: Connection, icloud: Connection, batch_id: str, reason: str
 
 
 def written_to(
-    quinn: Connection, client_ids: Sequence[str], keys: Sequence[str], days: int | None, with_claimed: bool = True
+    quinn: Connection,
+    client_ids: Sequence[str],
+    keys: Sequence[str],
+    days: int | None,
+    with_claimed: bool = True,
+    except_items: Sequence[str] = (),
 ) -> tuple[set[str], set[str]]:
     """Return which of the clients, and which of the handle keys, were written to in the last `days` (None: ever).
 
     Messages in flight and of unknown outcome count. Before a request, when the item itself is claimed, the claimed ones
     do not count: of two claimed items for one person, the first is queued before the second is checked.
+
+    `except_items`: the items that are about to be sent. If one of them has an unknown outcome itself, a person asked to
+    send it again by name.
     """
     sql = """
+        -- Rows are compared, not times: with an index by time alone, the planner would read all that was sent since
+        -- then, for each person.
         SELECT client.id::text, NULL
           FROM clients AS client
          WHERE client.id = ANY (%(client_ids)s)
            AND (EXISTS (SELECT FROM outreach_batch_items
                          WHERE client_id = client.id AND status = 'sent'
-                           AND sent_at > COALESCE(now() - %(days)s * interval '1 day', '-infinity') OFFSET 0)
+                           AND (client_id, sent_at)
+                               > (client.id, COALESCE(now() - %(days)s * interval '1 day', '-infinity')) OFFSET 0)
                 OR EXISTS (SELECT FROM outreach_batch_items
-                            WHERE client_id = client.id
-                              AND outcome_unknown_at > COALESCE(now() - %(days)s * interval '1 day', '-infinity')
-                            OFFSET 0))
+                            WHERE client_id = client.id AND outcome_unknown_at IS NOT NULL
+                              AND (client_id, outcome_unknown_at)
+                                  > (client.id, COALESCE(now() - %(days)s * interval '1 day', '-infinity'))
+                              AND id <> ALL (%(except_items)s::uuid[]) OFFSET 0))
         UNION ALL
         SELECT NULL, key
           FROM unnest(%(keys)s::text[]) AS key
          WHERE EXISTS (SELECT FROM outreach_batch_items
                         WHERE handle_key = key AND status = 'sent'
-                          AND sent_at > COALESCE(now() - %(days)s * interval '1 day', '-infinity') OFFSET 0)
+                          AND (handle_key, sent_at)
+                              > (key, COALESCE(now() - %(days)s * interval '1 day', '-infinity')) OFFSET 0)
             OR EXISTS (SELECT FROM outreach_batch_items
-                        WHERE handle_key = key
-                          AND outcome_unknown_at > COALESCE(now() - %(days)s * interval '1 day', '-infinity') OFFSET 0)
+                        WHERE handle_key = key AND outcome_unknown_at IS NOT NULL
+                          AND (handle_key, outcome_unknown_at)
+                              > (key, COALESCE(now() - %(days)s * interval '1 day', '-infinity'))
+                          AND id <> ALL (%(except_items)s::uuid[]) OFFSET 0)
         UNION ALL
         SELECT client_id::text, handle_key
           FROM outreach_batch_items
@@ -261,7 +279,10 @@ def written_to(
     """
     # As one literal, the ids take the type of clients.id, whatever it is.
     literal = "{" + ",".join('"' + re.sub(r'(["\\\\])', r"\\\1", name) + '"' for name in client_ids) + "}"
-    parameters = {"client_ids": literal, "keys": list(keys), "days": days, "with_claimed": with_claimed}
+    parameters = {
+        "client_ids": literal, "keys": list(keys), "days": days, "with_claimed": with_claimed,
+        "except_items": list(except_items),
+    }  # fmt: skip
     rows = db.query(quinn, sql, parameters)
     return {name for name, _ in rows if name}, {key for _, key in rows if key}
 
@@ -293,6 +314,7 @@ def retry(quinn: Connection, batch_id: str, include_unknown: bool = False) -> tu
                    queued_at = NULL, claimed_at = NULL, updated_at = now()
              WHERE batch_id = %(batch_id)s AND status = 'failed'
                AND (outcome_unknown_at IS NULL OR %(include_unknown)s)
+               AND erased_at IS NULL  -- nothing is left to send
             RETURNING id
         )
         SELECT status, (SELECT count(*) FROM item),
@@ -351,13 +373,13 @@ def pause_broken(quinn: Connection, batch_id: str, reason: str) -> None:
 
 
 def _stop_lapsed(quinn: Connection) -> list[db.Row]:
-    """Pause the composed batches whose approval is older than approval_days."""
+    """Pause the composed batches whose approval is older than approval_days. A paused one says so, too."""
     sql = """
         UPDATE outreach_batches AS batch
            SET status = 'paused', pause_reason = %(reason)s, updated_at = now()
           FROM outreach_settings AS settings
-         WHERE settings.id = 1 AND batch.status = 'sending' AND digest IS NOT NULL
-           AND approved_at + approval_days * interval '1 day' <= now()
+         WHERE settings.id = 1 AND digest IS NOT NULL AND approved_at + approval_days * interval '1 day' <= now()
+           AND (batch.status = 'sending' OR (batch.status = 'paused' AND pause_reason IS DISTINCT FROM %(reason)s))
         RETURNING batch.id, batch.pause_reason
     """
     return db.query(quinn, sql, {"reason": LAPSED})

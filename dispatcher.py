@@ -41,6 +41,7 @@ import db
 import handles
 import last_checks
 import pacing
+import personal_data
 import runtime
 
 # Seconds to connect and to wait for a response: with the recording after it still within a stop's ten seconds.
@@ -167,6 +168,8 @@ def sync(quinn: Connection, icloud: Connection) -> JobCounts:
         counts["withdrawn"] += batches.withdraw(quinn, icloud, hold)
     release_claims(quinn)
     db.query(quinn, "UPDATE outreach_settings SET last_synced_at = now() WHERE id = 1")
+    if erased := sum(personal_data.erase_old(quinn, icloud)):
+        counts["erased"] += erased
     return counts
 
 
@@ -302,7 +305,7 @@ def apply_updates(quinn: Connection, updates: Sequence[ItemUpdate]) -> None:
 
 
 def release_claims(quinn: Connection) -> None:
-    """Give up the claims of batches that are no longer sending: they have no row (reconcile_claims has just looked)."""
+    """Give up the claims of batches that may not be sent now: they have no row (reconcile_claims has just looked)."""
     sql = """
         WITH claimed AS MATERIALIZED (
             SELECT id, batch_id FROM outreach_batch_items WHERE status = 'pending' AND claimed_at IS NOT NULL
@@ -311,9 +314,14 @@ def release_claims(quinn: Connection) -> None:
            SET claimed_at = NULL, updated_at = now()
          WHERE CASE status WHEN 'pending' THEN true END
            AND id = ANY (ARRAY(SELECT claimed.id
-                                 FROM claimed JOIN outreach_batches AS batch ON batch.id = claimed.batch_id
-                                WHERE batch.status <> 'sending' OR batch.dry_run
-                                   OR (batch.digest IS NOT NULL AND batch.approved_at IS NULL)))
+                                 FROM outreach_settings AS settings,
+                                      claimed JOIN outreach_batches AS batch ON batch.id = claimed.batch_id
+                                WHERE settings.id = 1
+                                  AND (batch.status <> 'sending' OR batch.dry_run
+                                       OR (batch.digest IS NOT NULL
+                                           AND (batch.approved_at IS NULL OR now() < send_from
+                                                OR now() >= LEAST(send_until,
+                                                                  approved_at + approval_days * interval '1 day'))))))
     """
     db.query(quinn, sql)
 
@@ -426,7 +434,7 @@ def skip_reason(primary: str | None, addresses: Sequence[str], opted_out: set[st
 
 
 def read_heads(quinn: Connection, batch_ids: Sequence[str], look: int) -> list[Head]:
-    """Return the first `look` pending items of each batch, in their order.
+    """Return the first `look` pending items of each batch, in the order of the batches and of the items.
 
     The LATERAL is run once for each batch, whatever the planner believes.
     """
@@ -434,7 +442,7 @@ def read_heads(quinn: Connection, batch_ids: Sequence[str], look: int) -> list[H
         SELECT served.batch_id, head.id, head.client_id::text, head.handle_key,
                (SELECT min(handle) FROM contact_relationships WHERE client_id = head.client_id AND is_primary),
                ARRAY(SELECT handle FROM contact_relationships WHERE client_id = head.client_id AND handle IS NOT NULL)
-          FROM unnest(%(batch_ids)s::uuid[]) AS served (batch_id)
+          FROM unnest(%(batch_ids)s::uuid[]) WITH ORDINALITY AS served (batch_id, place)
          CROSS JOIN LATERAL (
                SELECT id, client_id, handle_key, created_at
                  FROM outreach_batch_items
@@ -442,7 +450,7 @@ def read_heads(quinn: Connection, batch_ids: Sequence[str], look: int) -> list[H
                 ORDER BY created_at, id
                 LIMIT %(look)s
                ) AS head
-         ORDER BY served.batch_id, head.created_at, head.id
+         ORDER BY served.place, head.created_at, head.id
     """
     return [Head(*row) for row in db.query(quinn, sql, {"batch_ids": list(batch_ids), "look": look})]
 
@@ -476,7 +484,7 @@ def claim_next_items(quinn: Connection, batch_ids: Sequence[str], item_ids: Sequ
 
 
 def claimed_items(quinn: Connection) -> list[Item]:
-    """Return the claimed items of sending batches, with what their message needs."""
+    """Return the claimed items of batches that may be sent now, with what their message needs."""
     sql = """
         WITH claimed AS MATERIALIZED (
             SELECT id, batch_id, client_id, handle_key, rendered_body, created_at, claimed_at, attempt
@@ -492,10 +500,13 @@ def claimed_items(quinn: Connection) -> list[Item]:
                  WHERE client_id = claimed.client_id AND status = 'sent' AND device_id IS NOT NULL
                  ORDER BY sent_at DESC
                  LIMIT 1)
-          FROM claimed
+          FROM outreach_settings AS settings,
+               claimed
           JOIN outreach_batches AS batch ON batch.id = claimed.batch_id
-         WHERE batch.status = 'sending' AND NOT batch.dry_run
-           AND (batch.digest IS NULL OR batch.approved_at IS NOT NULL)
+         WHERE settings.id = 1 AND batch.status = 'sending' AND NOT batch.dry_run
+           AND (batch.digest IS NULL
+                OR (batch.approved_at IS NOT NULL AND now() >= COALESCE(send_from, '-infinity')
+                    AND now() < LEAST(send_until, approved_at + approval_days * interval '1 day', 'infinity')))
          ORDER BY claimed.claimed_at, claimed.created_at, claimed.id
     """
     return [Item(*row) for row in db.query(quinn, sql)]
@@ -556,9 +567,8 @@ def is_wanted(quinn: Connection, item: Item) -> bool:
     sql = """
         SELECT NOT settings.paused AND batch.status = 'sending' AND NOT batch.dry_run
                AND (batch.digest IS NULL
-                    OR (COALESCE(send_from <= now(), true) AND COALESCE(send_until > now(), true)
-                        AND COALESCE(approved_at + approval_days * interval '1 day' > now(), approval_days IS NULL)))
-               AND (batch.digest IS NULL OR batch.approved_at IS NOT NULL)
+                    OR (batch.approved_at IS NOT NULL AND now() >= COALESCE(send_from, '-infinity')
+                        AND now() < LEAST(send_until, approved_at + approval_days * interval '1 day', 'infinity')))
                AND item.status = 'pending' AND item.claimed_at IS NOT NULL
           FROM outreach_settings AS settings,
                outreach_batch_items AS item

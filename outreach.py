@@ -1,7 +1,8 @@
-"""Import people, compose a batch, look at it, test it, send it: the owner's command line.
+"""Import people, compose a batch, look at it, test it, send it; record opt-outs, forget: the owner's command line.
 
-Run by the owner. Touches the tables of importing.py, composing.py and batches.py, through them. Every command prints
-for a person, or for a script with --json. Exit status: 0 done, 1 failed or refused, 2 misconfigured or used wrongly.
+Run by the owner. Touches the tables of importing.py, composing.py, batches.py, opt_outs.py and personal_data.py,
+through them. Every command prints for a person, or for a script with --json. Exit status: 0 done, 1 failed or refused,
+2 misconfigured or used wrongly.
 Example:
 
     python outreach.py draft --where city=Berlin --template spring.txt
@@ -29,11 +30,15 @@ from rich.text import Text
 import batches
 import composing
 import db
+import handles
 import importing
+import opt_outs
+import personal_data
 import report
 import runtime
 import screens
-from terminal import Terminal, count, people, printable
+import spreadsheet
+from terminal import Terminal, count, one_line, people, printable
 
 CREATED_BY = "outreach.py"  # outreach_batches.created_by
 LISTED = 100_000  # people of one reason that --list shows
@@ -408,6 +413,105 @@ def retry_command(terminal: Terminal, arguments: argparse.Namespace) -> int:
     return 0
 
 
+# --- people -------------------------------------------------------------------------------------------
+
+
+def opt_out_command(terminal: Terminal, arguments: argparse.Namespace) -> int:
+    """Record that a person wants no more messages."""
+    with connected() as (quinn, icloud):
+        recorded = opt_outs.record(quinn, icloud, arguments.handle, arguments.word)
+    before = "" if recorded.is_new else " They had opted out before."
+    terminal.show(f"{arguments.handle} gets no more messages, nor does any other handle of the same person.{before}")
+    if not recorded.is_readable:
+        terminal.show(f"The number cannot be read: {handles.UNREADABLE_REMEDY}, and record it again.")
+    terminal.write_json({"handleKey": recorded.key, "isNew": recorded.is_new, "isReadable": recorded.is_readable})
+    return 0
+
+
+def opt_in_command(terminal: Terminal, arguments: argparse.Namespace) -> int:
+    """End a handle's opt-out."""
+    with connected() as (quinn, icloud):
+        is_ended = opt_outs.end(icloud, arguments.handle)
+        others = opt_outs.others_of_person(quinn, icloud, arguments.handle)
+    terminal.show(f"{arguments.handle} may be written to again." if is_ended else "There was no opt-out to end.")
+    if others:
+        terminal.show(f"But nobody writes to this person while these have opted out: {', '.join(others)}")
+    terminal.write_json({"isEnded": is_ended, "others": others})
+    return 0
+
+
+def opt_outs_command(terminal: Terminal, arguments: argparse.Namespace) -> int:
+    """List the opt-outs, export all of them, or import a list."""
+    with connected() as (quinn, icloud):
+        if arguments.csv:
+            opt_outs.write_csv(icloud, sys.stdout)
+            return 0
+        if arguments.import_file:
+            return import_opt_outs(terminal, quinn, icloud, Path(arguments.import_file))
+        if arguments.unassigned:
+            found = opt_outs.unassigned(quinn, icloud, arguments.after, PAGE)
+        else:
+            found = opt_outs.page(icloud, arguments.after, PAGE)
+        formatter = read_formatter(quinn)
+    terminal.show(screens.opt_out_list(found, formatter.at))
+    if len(found) == PAGE:
+        terminal.show(f"To go on: --after {found[-1].id}")
+    terminal.write_json([one._asdict() for one in found])
+    return 0
+
+
+def import_opt_outs(terminal: Terminal, quinn: Connection, icloud: Connection, path: Path) -> int:
+    """Record an opt-out for each line of a file."""
+    with _open(path) as file:
+        try:
+            imported = opt_outs.import_list(quinn, icloud, opt_outs.read_list(file))
+        except spreadsheet.Unreadable as error:
+            raise Failed(str(error)) from None
+    terminal.show(f"{people(imported.new)} opted out; {people(imported.known)} had opted out before.")
+    for bad in imported.bad[:PAGE]:
+        terminal.show(f"line {bad.line}: no number or address: {one_line(bad.text)}")
+    terminal.write_json({"new": imported.new, "known": imported.known, "bad": [one._asdict() for one in imported.bad]})
+    return 1 if imported.bad else 0
+
+
+def assign_command(terminal: Terminal, arguments: argparse.Namespace) -> int:
+    """Give a handle to a client, as one that is not primary."""
+    with connected() as (quinn, icloud):
+        is_new = opt_outs.assign(quinn, icloud, arguments.handle, arguments.client)
+    terminal.show(f"{arguments.handle} belongs to client {arguments.client}{' now' if is_new else ' already'}.")
+    terminal.write_json({"isNew": is_new})
+    return 0
+
+
+def show_person_command(terminal: Terminal, arguments: argparse.Namespace) -> int:
+    """Show all that is stored about a person."""
+    with connected() as (quinn, icloud):
+        shown = personal_data.show_person(quinn, icloud, arguments.handle)
+    terminal.show(personal_data.as_text(shown))
+    terminal.write_json(shown)
+    return 0
+
+
+def forget_command(terminal: Terminal, arguments: argparse.Namespace) -> int:
+    """Erase a person, after the owner has confirmed it."""
+    with connected() as (quinn, icloud):
+        number = len(personal_data.find(quinn, arguments.handle).client_ids)
+        whom = f"{count(number, 'client')} with {arguments.handle}"
+        if not arguments.yes:
+            if not terminal.can_ask:
+                raise Failed(f"nothing is erased. To erase the messages and names of {whom}: --yes")
+            if not terminal.ask(f"Erase {whom}? Type forget to go on:", "forget"):
+                terminal.show("Nothing is erased.")
+                return 1
+        forgotten = personal_data.forget(quinn, icloud, arguments.handle)
+    terminal.show(*screens.forgotten(forgotten))
+    terminal.write_json({**forgotten._asdict(), "erased": forgotten.erased._asdict()})
+    return 1 if forgotten.in_flight or forgotten.unfinished else 0
+
+
+# --- what several commands need -----------------------------------------------------------------------
+
+
 def read_formatter(quinn: Connection) -> report.LocalTimeFormatter:
     """Return how the owner reads times: in the time zone of the quiet hours, else in this host's."""
     rows = db.query(quinn, "SELECT quiet_hours_tz FROM outreach_settings WHERE id = 1")
@@ -446,6 +550,7 @@ def command_line() -> argparse.ArgumentParser:
     search.add_argument("--list", metavar="REASON", help="list the people who are left out for this reason")
     _add_draft(command("draft", draft_command, "write a text to each person, without sending it, and show it"))
     _add_batch_commands(command)
+    _add_people_commands(command)
     return parser
 
 
@@ -516,6 +621,38 @@ def _add_batch_commands(command: Callable[[str, Callable[..., int], str], argpar
     retrying.add_argument("--include-unknown", action="store_true", help="also those that may have been sent")
 
 
+def _add_people_commands(command: Callable[[str, Callable[..., int], str], argparse.ArgumentParser]) -> None:
+    """Add the commands about opt-outs, and about what is stored."""
+
+    def of_person(name: str, run: Callable[..., int], text: str) -> argparse.ArgumentParser:
+        made = command(name, run, text)
+        made.add_argument("handle", metavar="HANDLE", help="the number or e-mail address")
+        return made
+
+    opting_out = of_person("opt-out", opt_out_command, "record that a person wants no more messages")
+    opting_out.add_argument("--word", metavar="TEXT", help="what the person said, and where")
+    of_person("opt-in", opt_in_command, "end a person's opt-out, because they asked for it")
+    listing = command("opt-outs", opt_outs_command, "list the opt-outs, the newest first")
+    what = listing.add_mutually_exclusive_group()
+    what.add_argument("--csv", action="store_true", help="print the whole record as CSV")
+    what.add_argument("--unassigned", action="store_true", help="those of handles that no client has")
+    what.add_argument("--import", dest="import_file", metavar="FILE", help="record one for each line of a file")
+    listing.add_argument("--after", type=opt_out_id, metavar="ID", help="go on after this one")
+    assigning = of_person("assign", assign_command, "give a handle to a client, so that its opt-out counts there")
+    assigning.add_argument("client", metavar="CLIENT", help="the client's id")
+    of_person("show-person", show_person_command, "show all that is stored about a person")
+    forgetting = of_person("forget", forget_command, "erase a person's messages and name; the opt-out stays")
+    forgetting.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def opt_out_id(text: str) -> str:
+    if not runtime.is_uuid(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no id of an opt-out: `python outreach.py opt-outs` shows the ids"
+        )
+    return text.lower()
+
+
 def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a CSV file; its first line has the names of the columns")
     parser.add_argument(
@@ -539,7 +676,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.run(terminal, arguments))
     except Usage as error:
         return complain(str(error), 2)
-    except (Failed, importing.ImportRefused, batches.Refused) as error:
+    except (Failed, importing.ImportRefused, batches.Refused, opt_outs.OptOutError) as error:
         return complain(str(error), 1)
     except batches.LockTimeout:
         return complain("the dispatcher is at work on the batches: try again in a moment", 1)

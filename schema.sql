@@ -113,6 +113,7 @@ ALTER TABLE icloud.devices ADD COLUMN IF NOT EXISTS created_at TIMESTAMPTZ NOT N
 -- handles.key(to_handle); if it is missing, the server adds it before a device gets the row. `collect_id` is the device's
 -- id of the collection; NULL after a poll. `valid_until` is -infinity after an opt-out, because now() is the start of a
 -- transaction, which may be before the opt-out. `delivered_at` and `late_error` are what Messages showed after the result.
+-- At `erased_at` the text and the handle of an ended row were erased (personal_data.py); both are empty since then.
 CREATE TABLE IF NOT EXISTS icloud.send_queue (
     id             UUID PRIMARY KEY DEFAULT gen_random_uuid(),
     device_id      UUID NOT NULL REFERENCES icloud.devices (id) ON DELETE CASCADE,
@@ -136,6 +137,7 @@ CREATE TABLE IF NOT EXISTS icloud.send_queue (
     watched_until  TIMESTAMPTZ,
     delivered_at   TIMESTAMPTZ,
     late_error     TEXT,
+    erased_at      TIMESTAMPTZ,
     CONSTRAINT send_queue_status_is_known CHECK (status IN ('queued', 'sent', 'failed')),
     CONSTRAINT send_queue_sent_has_a_time CHECK ((status = 'sent') = (sent_at IS NOT NULL)),
     CONSTRAINT send_queue_attempt_is_a_number_from_1 CHECK (attempt >= 1),
@@ -145,7 +147,8 @@ CREATE TABLE IF NOT EXISTS icloud.send_queue (
     CONSTRAINT send_queue_outcome_is_known_and_of_a_failure
         CHECK (outcome IS NULL OR (outcome IN ('not_started', 'unknown') AND status = 'failed' AND withdrawn_at IS NULL)),
     CONSTRAINT send_queue_watched_is_unknown CHECK (watched_until IS NULL OR COALESCE(outcome = 'unknown', false)),
-    CONSTRAINT send_queue_delivered_was_sent CHECK (delivered_at IS NULL OR status = 'sent')
+    CONSTRAINT send_queue_delivered_was_sent CHECK (delivered_at IS NULL OR status = 'sent'),
+    CONSTRAINT send_queue_erased_has_ended CHECK (erased_at IS NULL OR status <> 'queued')
 );
 ALTER TABLE icloud.send_queue ADD COLUMN IF NOT EXISTS batch_item_id UUID;
 ALTER TABLE icloud.send_queue ADD COLUMN IF NOT EXISTS attempt INTEGER NOT NULL DEFAULT 1;
@@ -159,6 +162,7 @@ ALTER TABLE icloud.send_queue ADD COLUMN IF NOT EXISTS outcome TEXT;
 ALTER TABLE icloud.send_queue ADD COLUMN IF NOT EXISTS watched_until TIMESTAMPTZ;
 ALTER TABLE icloud.send_queue ADD COLUMN IF NOT EXISTS delivered_at TIMESTAMPTZ;
 ALTER TABLE icloud.send_queue ADD COLUMN IF NOT EXISTS late_error TEXT;
+ALTER TABLE icloud.send_queue ADD COLUMN IF NOT EXISTS erased_at TIMESTAMPTZ;
 
 -- Who must not be written to, by handles.key; also the record of it: no row is deleted, an opt-in ends it. `word` is what
 -- the person wrote, `received_at` when. A STOP that comes while another opt-out is active is a row that has ended already.
@@ -199,6 +203,9 @@ CREATE INDEX IF NOT EXISTS send_queue_waiting_for_handle
 -- The results of the last hour, for GET status.
 CREATE INDEX IF NOT EXISTS send_queue_ended
     ON icloud.send_queue (updated_at) WHERE status <> 'queued';
+-- The ended rows whose text is still there, oldest first, for keep_bodies_days.
+CREATE INDEX IF NOT EXISTS send_queue_to_erase
+    ON icloud.send_queue (updated_at) WHERE status <> 'queued' AND erased_at IS NULL;
 -- Whether a handle has opted out: once at a time.
 CREATE UNIQUE INDEX IF NOT EXISTS opt_outs_active ON icloud.opt_outs (handle_key) WHERE ended_at IS NULL;
 -- A reply is recorded once, however often it is reported.
@@ -263,7 +270,8 @@ END $$;
 -- paused the batch. What happened before `resumed_at` no longer counts for the rules that pause a batch. Nothing is sent
 -- before `send_from` or after `send_until`. If `first_n` messages were sent, the batch pauses. Who was written to in the
 -- last `not_sent_within_days` days, or (`recheck`) no longer matches `query_json`, is skipped. `preview` is what the
--- owner was shown of the draft: who is left out and why, example texts, unusual values.
+-- owner was shown of the draft: who is left out and why, example texts, unusual values. At `erased_at` it was erased, with
+-- `vars` and the values in `query_json`, because the batch had ended long ago.
 CREATE TABLE IF NOT EXISTS outreach_batches (
     id                   UUID PRIMARY KEY DEFAULT gen_random_uuid(),
     name                 TEXT,
@@ -286,6 +294,7 @@ CREATE TABLE IF NOT EXISTS outreach_batches (
     not_sent_within_days INTEGER,
     recheck              BOOLEAN NOT NULL DEFAULT true,
     preview              JSONB,
+    erased_at            TIMESTAMPTZ,
     CONSTRAINT outreach_batches_status_is_known
         CHECK (status IN ('draft', 'sending', 'paused', 'sent', 'cancelled')),
     CONSTRAINT outreach_batches_numbers_are_positive CHECK (LEAST(first_n, not_sent_within_days) > 0),
@@ -304,11 +313,13 @@ ALTER TABLE outreach_batches ADD COLUMN IF NOT EXISTS first_n INTEGER;
 ALTER TABLE outreach_batches ADD COLUMN IF NOT EXISTS not_sent_within_days INTEGER;
 ALTER TABLE outreach_batches ADD COLUMN IF NOT EXISTS recheck BOOLEAN NOT NULL DEFAULT true;
 ALTER TABLE outreach_batches ADD COLUMN IF NOT EXISTS preview JSONB;
+ALTER TABLE outreach_batches ADD COLUMN IF NOT EXISTS erased_at TIMESTAMPTZ;
 
 -- No foreign key to clients, because the platform may delete its clients. An item of a deleted client has no handle, so
 -- it is skipped. `claimed_at` has a meaning only while the item is `pending`. Each retry adds 1 to `attempt`.
 -- `outcome_unknown_at` is when an attempt ended that may have been sent; it counts against the limits as sent. While the
 -- item is `failed`, the last attempt has the unknown outcome. `handle_key` is the recipient that the owner approved.
+-- At `erased_at` the text and the handle of an ended item were erased; it is never sent again.
 CREATE TABLE IF NOT EXISTS outreach_batch_items (
     id                 UUID PRIMARY KEY DEFAULT gen_random_uuid(),
     batch_id           UUID NOT NULL REFERENCES outreach_batches (id) ON DELETE CASCADE,
@@ -326,10 +337,13 @@ CREATE TABLE IF NOT EXISTS outreach_batch_items (
     attempt            INTEGER NOT NULL DEFAULT 1,
     outcome_unknown_at TIMESTAMPTZ,
     handle_key         TEXT,
+    erased_at          TIMESTAMPTZ,
     CONSTRAINT outreach_batch_items_status_is_known
         CHECK (status IN ('pending', 'queued', 'sent', 'failed', 'skipped')),
     CONSTRAINT outreach_batch_items_sent_has_a_time CHECK (status <> 'sent' OR sent_at IS NOT NULL),
-    CONSTRAINT outreach_batch_items_attempt_is_a_number_from_1 CHECK (attempt >= 1)
+    CONSTRAINT outreach_batch_items_attempt_is_a_number_from_1 CHECK (attempt >= 1),
+    CONSTRAINT outreach_batch_items_erased_has_ended
+        CHECK (erased_at IS NULL OR status IN ('sent', 'failed', 'skipped'))
 );
 ALTER TABLE outreach_batch_items ADD COLUMN IF NOT EXISTS queued_at TIMESTAMPTZ;
 ALTER TABLE outreach_batch_items ADD COLUMN IF NOT EXISTS device_id UUID;
@@ -337,32 +351,36 @@ ALTER TABLE outreach_batch_items ADD COLUMN IF NOT EXISTS claimed_at TIMESTAMPTZ
 ALTER TABLE outreach_batch_items ADD COLUMN IF NOT EXISTS attempt INTEGER NOT NULL DEFAULT 1;
 ALTER TABLE outreach_batch_items ADD COLUMN IF NOT EXISTS outcome_unknown_at TIMESTAMPTZ;
 ALTER TABLE outreach_batch_items ADD COLUMN IF NOT EXISTS handle_key TEXT;
+ALTER TABLE outreach_batch_items ADD COLUMN IF NOT EXISTS erased_at TIMESTAMPTZ;
 
 -- One row. A limit of NULL means no limit. Quiet hours are HH:MM, both or neither, in `quiet_hours_tz` (an IANA name;
 -- NULL: the local time of the dispatcher's host). If start and end are the same, there are no quiet hours. They have no
 -- CHECK: an invalid value disables them, and the dispatcher logs a warning. `stop_after_failures` failed results of
 -- devices in a row pause a composed batch; NULL or 0 disables this. An approval lapses after `approval_days`; NULL:
--- never. The dispatcher writes the last three columns: when
--- each job last succeeded, and when the last tick began.
+-- never. Texts and handles are erased `keep_bodies_days` after their end; NULL: never. It is at least 8, because an
+-- unknown outcome may be found out for 8 days. The dispatcher writes the last three columns: when each job last
+-- succeeded, and when the last tick began.
 CREATE TABLE IF NOT EXISTS outreach_settings (
-    id                  INTEGER PRIMARY KEY DEFAULT 1,
-    paused              BOOLEAN NOT NULL DEFAULT false,
-    quiet_hours_start   TEXT,
-    quiet_hours_end     TEXT,
-    quiet_hours_tz      TEXT,
-    max_per_minute      INTEGER,
-    max_per_hour        INTEGER,
-    max_per_day         INTEGER,
-    min_gap_seconds     INTEGER,
-    device_id           UUID,
-    stop_after_failures INTEGER DEFAULT 5,
-    approval_days       INTEGER DEFAULT 7,
-    last_dispatched_at  TIMESTAMPTZ,
-    last_synced_at      TIMESTAMPTZ,
-    last_tick_at        TIMESTAMPTZ,
+    id                        INTEGER PRIMARY KEY DEFAULT 1,
+    paused                    BOOLEAN NOT NULL DEFAULT false,
+    quiet_hours_start         TEXT,
+    quiet_hours_end           TEXT,
+    quiet_hours_tz            TEXT,
+    max_per_minute            INTEGER,
+    max_per_hour              INTEGER,
+    max_per_day               INTEGER,
+    min_gap_seconds           INTEGER,
+    device_id                 UUID,
+    stop_after_failures       INTEGER DEFAULT 5,
+    approval_days             INTEGER DEFAULT 7,
+    keep_bodies_days          INTEGER,
+    last_dispatched_at        TIMESTAMPTZ,
+    last_synced_at            TIMESTAMPTZ,
+    last_tick_at              TIMESTAMPTZ,
     CONSTRAINT outreach_settings_is_one_row CHECK (id = 1),
     CONSTRAINT outreach_settings_limits_are_not_negative
         CHECK (LEAST(max_per_minute, max_per_hour, max_per_day, min_gap_seconds) >= 0),
+    CONSTRAINT outreach_settings_keep_bodies_days_is_8_or_more CHECK (keep_bodies_days >= 8),
     CONSTRAINT outreach_settings_approval_days_is_positive CHECK (approval_days > 0),
     CONSTRAINT outreach_settings_stop_after_failures_is_not_negative CHECK (stop_after_failures >= 0)
 );
@@ -370,6 +388,7 @@ ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS quiet_hours_tz TEXT;
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS device_id UUID;
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS stop_after_failures INTEGER DEFAULT 5;
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS approval_days INTEGER DEFAULT 7;
+ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS keep_bodies_days INTEGER;
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS last_dispatched_at TIMESTAMPTZ;
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS last_synced_at TIMESTAMPTZ;
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS last_tick_at TIMESTAMPTZ;
@@ -435,6 +454,11 @@ CREATE INDEX IF NOT EXISTS outreach_batch_items_of_client ON outreach_batch_item
 -- The batches that sent to a handle that has opted out.
 CREATE INDEX IF NOT EXISTS outreach_batch_items_sent_to_handle
     ON outreach_batch_items (handle_key) WHERE status = 'sent' AND handle_key IS NOT NULL;
+-- The ended items and batches whose texts are still there, oldest first, for keep_bodies_days.
+CREATE INDEX IF NOT EXISTS outreach_batch_items_to_erase
+    ON outreach_batch_items (updated_at) WHERE status IN ('sent', 'failed', 'skipped') AND erased_at IS NULL;
+CREATE INDEX IF NOT EXISTS outreach_batches_to_erase
+    ON outreach_batches (updated_at) WHERE status IN ('sent', 'cancelled') AND erased_at IS NULL;
 -- All items of a batch, for its counts and for a cascading delete.
 CREATE INDEX IF NOT EXISTS outreach_batch_items_of_batch ON outreach_batch_items (batch_id);
 

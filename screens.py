@@ -1,4 +1,4 @@
-"""Format what outreach.py shows: the plan of an import, an audience, a draft, a batch.
+"""Format what outreach.py shows: the plan of an import, an audience, a draft, a batch, opt-outs.
 
 Used by outreach.py; touches no table. What comes from composing.py is read by its names in JSON, which the
 HTTP API fixes. Example:
@@ -16,6 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 import importing
+import opt_outs
+import personal_data
 from terminal import count, one_line, people, printable, table
 
 # --- import -------------------------------------------------------------------------------------------
@@ -211,3 +213,34 @@ def _forecast(forecast: Data, at: At) -> Table:
 
 def _moment(value: object, at: At) -> str:
     return at(datetime.fromisoformat(value)) if isinstance(value, str) else ""
+
+
+# --- people -------------------------------------------------------------------------------------------
+
+
+def opt_out_list(rows: Sequence[opt_outs.OptOut], at: At) -> RenderableType:
+    """Return opt-outs, as they come."""
+    made = table("handle", "recorded", "words", "from", "until")
+    for row in rows:
+        origin = row.device or row.source
+        until = f"{at(row.ended_at)}, {row.ended_by}" if row.ended_at else ""
+        cells = (row.handle_key, at(row.received_at or row.created_at), row.word or "", origin, until)
+        made.add_row(*(Text(one_line(cell)) for cell in cells))
+    return made if rows else "There is none."
+
+
+def forgotten(result: personal_data.Forgotten) -> list[RenderableType]:
+    """Return what was erased of a person, and what is left for the owner to do."""
+    parts: list[RenderableType] = [
+        f"Erased: {count(result.erased.items, 'message')} of {count(result.clients, 'client')}, "
+        f"{count(result.erased.rows, 'row')} of the queue.",
+        f"These handles stay in the opt-outs, without a name: {', '.join(result.keys)}",
+    ]
+    if not result.is_deleted:
+        parts.append("The table `clients` is your platform's: delete the person there.")
+    if result.in_flight:
+        parts.append(f"{count(result.in_flight, 'message')} in flight: run this again when its result is there.")
+    for batch_id in result.unfinished:
+        parts.append(f"Batch {batch_id} is not finished and names the person: cancel it, then run this again.")
+    parts.append("The Mac has the conversation in Messages, and the number in its journal for a year (docs/people.md).")
+    return parts

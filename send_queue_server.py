@@ -23,6 +23,7 @@ import psycopg2.errors
 
 import db
 import handles
+import opt_outs
 import runtime
 import serving
 
@@ -472,10 +473,6 @@ def opt_out(database: db.RetryingConnection) -> Data:
     first one ran is seen by the second, or by the collect that asks whether its handle has opted out. A transaction of
     both would leave a gap between the two.
     """
-    end_rows = """
-        UPDATE icloud.send_queue SET valid_until = '-infinity', updated_at = now()
-         WHERE handle_key = %(key)s AND status = 'queued'
-    """
     token, reply = _device_body(database, OptOut)
     word, key = handles.reply_word(reply.word), handles.key(reply.handle)
     parameters = {**token, "word": word, "key": key, "received_at": _seconds(reply.received_at)}
@@ -483,7 +480,7 @@ def opt_out(database: db.RetryingConnection) -> Data:
     if not rows:
         serving.abort_unauthorized()
     if word in handles.STOP_WORDS:
-        database.query(end_rows, {"key": key})
+        opt_outs.expire_rows(database.query, [key])
     count, is_news = rows[0]
     if is_news:
         logger.info("opt-out or opt-in recorded word=%r from=%s", word, handles.mask_handle(reply.handle))

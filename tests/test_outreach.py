@@ -651,3 +651,100 @@ def test_no_setting_is_needed_beside_the_urls(world: TestData, write: Write, mon
     ended = run_script("outreach.py", "import", write(PEOPLE))
     assert ended.returncode == 1
     assert "set DEFAULT_REGION" in ended.stdout
+
+
+# --- people -----------------------------------------------------------------------------------------------------------
+
+
+def test_opt_out_is_recorded_listed_and_ended(world: TestData, capsys: pytest.CaptureFixture[str]) -> None:
+    client_id = world.client("0170 1234567")
+    world.quinn("INSERT INTO contact_relationships VALUES (%(id)s, 'maya@example.com')", id=client_id)
+    assert run(capsys, "opt-out", "0170 1234567", "--word", "on the phone")[:2] == (
+        0,
+        "0170 1234567 gets no more messages, nor does any other handle of the same person.\n",
+    )
+    assert "They had opted out before." in run(capsys, "opt-out", "+49 170 1234567")[1]
+    run(capsys, "opt-out", "maya@example.com")
+    status, out, _ = run(capsys, "opt-outs")
+    assert status == 0
+    assert re.search(r"\+491701234567 .* on the phone +owner", out)
+    assert run(capsys, "opt-in", "0170 1234567")[1] == (
+        "0170 1234567 may be written to again.\n"
+        "But nobody writes to this person while these have opted out: maya@example.com\n"
+    )
+    status, out, _ = run(capsys, "opt-outs", "--csv")
+    assert out.splitlines()[0] == "handle_key,word,source,device,received_at,created_at,ended_at,ended_by"
+    assert len(out.splitlines()) == 3
+    status, _, err = run(capsys, "opt-out", "call me")
+    assert (status, "neither a phone number nor an e-mail address" in err) == (1, True)
+
+
+def test_opt_out_of_a_number_without_country_says_what_to_do(
+    world: TestData, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DEFAULT_REGION")
+    assert "write the number with + and its country code" in run(capsys, "opt-out", "0170 1234567")[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "new", "bad"),
+    [
+        ("+49 170 1234567\nmaya@example.com\n", 2, 0),
+        ("name;number;word\nMaya;0170 1234567;letter\nTom;unknown;\n", 1, 1),
+        ("handle_key,word,ended_at\n+491701234567,STOP,\n+491701234568,STOP,2026-01-01T00:00:00Z\n", 1, 0),
+    ],
+)
+def test_list_of_opt_outs_is_imported(
+    world: TestData, capsys: pytest.CaptureFixture[str], write: Write, text: str, new: int, bad: int
+) -> None:
+    status, out, _ = run(capsys, "opt-outs", "--import", write(text), "--json")
+    found = json.loads(out)
+    assert (status, found["new"], len(found["bad"])) == (1 if bad else 0, new, bad)
+    assert world.icloud("SELECT count(*) FROM icloud.opt_outs WHERE ended_at IS NULL") == [(new,)]
+
+
+def test_own_export_can_be_imported_after_a_restore(
+    world: TestData, capsys: pytest.CaptureFixture[str], write: Write
+) -> None:
+    for handle in ("maya@example.com", "tom@example.com"):
+        run(capsys, "opt-out", handle, "--word", "said so")
+    run(capsys, "opt-in", "tom@example.com")
+    path = write(run(capsys, "opt-outs", "--csv")[1])
+    world.icloud("TRUNCATE icloud.opt_outs")
+    assert run(capsys, "opt-outs", "--import", path)[0] == 0
+    assert world.icloud("SELECT handle_key, word FROM icloud.opt_outs") == [("maya@example.com", "said so")]
+
+
+def test_unknown_address_is_assigned(world: TestData, capsys: pytest.CaptureFixture[str]) -> None:
+    client_id = world.client()
+    run(capsys, "opt-out", "unknown@example.com")
+    assert "unknown@example.com" in run(capsys, "opt-outs", "--unassigned")[1]
+    assert run(capsys, "assign", "unknown@example.com", client_id)[0] == 0
+    assert run(capsys, "opt-outs", "--unassigned")[1] == "There is none.\n"
+
+
+def test_person_is_shown_and_forgotten_after_a_confirmation(
+    world: TestData, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.item(world.batch(status="sent"), world.client(), status="sent", sent_at="2026-01-01", rendered_body="Hi Maya")
+    assert "rendered_body: Hi Maya" in run(capsys, "show-person", "+14155550123")[1]
+    assert (
+        json.loads(run(capsys, "show-person", "+14155550123", "--json")[1])["messages"][0]["rendered_body"] == "Hi Maya"
+    )
+    status, _, err = run(capsys, "forget", "+14155550123")
+    assert (status, "nothing is erased" in err, "--yes" in err) == (1, True, True)
+    assert len(world.quinn("SELECT id FROM clients")) == 1
+    status, out, _ = run(capsys, "forget", "+14155550123", "--yes")
+    assert status == 0
+    assert "Erased: 1 message of 1 client, 0 rows of the queue." in out
+    assert world.quinn("SELECT rendered_body FROM outreach_batch_items") == [("",)]
+    assert world.quinn("SELECT id FROM clients") == []
+
+
+def test_owner_types_forget(world: TestData) -> None:
+    world.client()
+    typist = Typist("forget", "+14155550123")
+    typist.read_until("Type forget to go on:")
+    typist.type("no\n")
+    assert "Nothing is erased." in typist.read_until("")
+    assert len(world.quinn("SELECT id FROM clients")) == 1

@@ -101,4 +101,4 @@ def test_ten_thousand_results_take_two_statements(world: TestData, monkeypatch: 
     assert sync(world)["sent"] == 10_000
     of_results = [sql for sql, params in statements if params and "sent_at" in sql]
     assert len(of_results) == 2
-    assert len(statements) <= 15
+    assert len(statements) <= 16
