@@ -27,6 +27,7 @@ from typing import Any
 import psycopg2.extensions
 from psycopg2 import sql
 
+import db
 from client_fields import (
     ORDER,
     Column,
@@ -261,9 +262,8 @@ def matching(
           FROM clients AS client
          WHERE client.id = ANY (%(client_ids)s::text[]::{key_type}[]) AND {where}
     """).format(key_type=_raw(fields.key_type), where=where)
-    with quinn.cursor() as cursor:
-        cursor.execute(statement, {**params, "client_ids": list(client_ids)})
-        return {client_id for (client_id,) in cursor.fetchall()}
+    rows = db.query(quinn, statement.as_string(quinn), {**params, "client_ids": list(client_ids)})
+    return {client_id for (client_id,) in rows}
 
 
 def _compile(query: dict[str, Any], fields: Fields, is_for_few: bool) -> tuple[sql.Composable, dict[str, Any]]:

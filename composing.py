@@ -405,8 +405,9 @@ def forecast_draft(count: int, request: Request, interval: timedelta) -> Forecas
     read = report.read_databases()
     if read.outreach is None or read.outreach.snapshot is None or not count:
         return None
-    count = min(count, request.first_n or count)
-    found = forecast.forecast_new_batch(read.outreach, read.queue, interval, count, request.send_from)
+    found = forecast.forecast_new_batch(
+        read.outreach, read.queue, interval, count, request.send_from, request.send_until, request.first_n
+    )
     return Forecast(found.first_at, found.last_at, found.is_exact, found.bottleneck)
 
 
@@ -686,8 +687,8 @@ def send(quinn: Connection, batch_id: str, digest: str, recipients: int, first_n
         )
     if before.digest != digest:
         raise Refused(409, f"this is not the batch that you have seen: its digest is {before.digest}, not {digest}")
-    if before.status == "sending":
-        return Sent(batch_id, "sending", recipients)
+    if before.approved_at and before.status in ("sending", "sent"):
+        return Sent(batch_id, before.status, recipients)
     if read_digest(quinn, batch_id) != digest:
         raise Refused(409, "its messages were changed since the draft: make a new draft, and look at it")
     parameters = {"id": batch_id, "digest": digest, "recipients": recipients, "first_n": first_n}

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 
 import msgspec
 
+import batches
 import db
 import handles
 import pacing
@@ -27,6 +28,7 @@ MAX_SIMULATED_TIME = timedelta(days=365)  # if a batch ends later, its finish is
 # The simulated device reports a result this long after a tick. Any time before the next tick has the same effect.
 DEVICE_LATENCY = timedelta(seconds=1)
 QUIET_HOURS = "quiet hours"
+SEND_FROM = "send_from"
 ONE_PER_TICK = "one message of a batch in each tick"
 # The predicted outcome of an item. The server queues an unreadable number unchanged, and it may fail at the device.
 SENT, UNREADABLE, FAILED, SKIPPED = "s", "u", "f", "k"
@@ -36,7 +38,11 @@ SENT, UNREADABLE, FAILED, SKIPPED = "s", "u", "f", "k"
 
 
 class BatchCounts(NamedTuple):
-    """A batch and the number of its items by status. `sort_key` is its place in the order of serving."""
+    """A batch and the number of its items by status. `sort_key` is its place in the order of serving.
+
+    `send_from`, `send_until`, `first_n`: of a composed batch, if it was sent, or resumed, now. `approved_at`: None if
+    it would have to be approved first.
+    """
 
     id: str
     status: str
@@ -47,10 +53,25 @@ class BatchCounts(NamedTuple):
     sent: int
     failed: int
     skipped: int
+    is_composed: bool = False
+    approved_at: datetime | None = None
+    send_from: datetime | None = None
+    send_until: datetime | None = None
+    first_n: int | None = None
 
     @property
     def sort_key(self) -> tuple[datetime, datetime, str]:
         return self.last_served_at or datetime.min.replace(tzinfo=UTC), self.created_at, self.id
+
+    def as_sending(self, settings: pacing.Settings, now: datetime) -> pacing.Batch:
+        """Return the batch as it would be if it were sent, or resumed, now."""
+        batch = pacing.Batch(self.id, self.pending > 0, False, None)
+        if not self.is_composed:
+            return batch
+        days = settings.approval_days
+        lapses_at = (self.approved_at or now) + timedelta(days=days) if days else None
+        ends_at = min((moment for moment in (self.send_until, lapses_at) if moment), default=None)
+        return batch._replace(send_from=self.send_from, ends_at=ends_at, first_left=self.first_n)
 
 
 class OutreachSnapshot(NamedTuple):
@@ -114,7 +135,12 @@ def _read_clock(conn: Any) -> tuple[datetime, datetime]:
 def _read_counts(quinn: Any, batch_id: str | None) -> dict[str, BatchCounts]:
     sql = """
         WITH batch AS (
-            SELECT id, status, last_served_at, created_at FROM outreach_batches
+            SELECT id, status, last_served_at, created_at, digest IS NOT NULL AS is_composed,
+                   CASE WHEN pause_reason IS DISTINCT FROM %(lapsed)s THEN approved_at END AS approved_at,
+                   send_from, send_until,
+                   -- After the first ones, the rest follows.
+                   CASE WHEN COALESCE(pause_reason, '') NOT LIKE 'the first %%' THEN first_n END AS first_n
+              FROM outreach_batches
              WHERE (status = 'sending' AND NOT dry_run AND (digest IS NULL OR approved_at IS NOT NULL))
                 OR id = %(batch_id)s::uuid
         ), item AS (
@@ -127,11 +153,14 @@ def _read_counts(quinn: Any, batch_id: str | None) -> dict[str, BatchCounts]:
                COALESCE(sum(count) FILTER (WHERE item.status = 'queued'), 0)::bigint,
                COALESCE(sum(count) FILTER (WHERE item.status = 'sent'), 0)::bigint,
                COALESCE(sum(count) FILTER (WHERE item.status = 'failed'), 0)::bigint,
-               COALESCE(sum(count) FILTER (WHERE item.status = 'skipped'), 0)::bigint
+               COALESCE(sum(count) FILTER (WHERE item.status = 'skipped'), 0)::bigint,
+               is_composed, approved_at, send_from, send_until, first_n
           FROM batch LEFT JOIN item ON item.batch_id = batch.id
-         GROUP BY batch.id, batch.status, batch.last_served_at, batch.created_at
+         GROUP BY batch.id, batch.status, batch.last_served_at, batch.created_at, is_composed, approved_at, send_from,
+                  send_until, first_n
     """
-    return {row[0]: BatchCounts(*row) for row in db.query(quinn, sql, {"batch_id": batch_id})}
+    parameters = {"batch_id": batch_id, "lapsed": batches.LAPSED}
+    return {row[0]: BatchCounts(*row) for row in db.query(quinn, sql, parameters)}
 
 
 def _read_outcomes(quinn: Any, batch_ids: Sequence[str]) -> tuple[dict[str, str], collections.Counter[str]]:
@@ -181,7 +210,8 @@ def read_queue(icloud: Any, queued_items: Sequence[tuple[str, str]]) -> QueueSna
 class BatchSimulation:
     """The state of a batch in the simulation. The items from `position` on are pending.
 
-    `first`: when its first item was sent. `last`: when its last item ended. Both are None until then.
+    `first`: when its first item was sent. `last`: when its last item ended, or the batch paused itself. Both are None
+    until then. `late`: how many items are left when send_until, or the approval, ends.
     """
 
     batch: pacing.Batch
@@ -191,6 +221,7 @@ class BatchSimulation:
     first: datetime | None = None
     last: datetime | None = None
     is_exact: bool = True
+    late: int = 0
 
     @property
     def left(self) -> int:
@@ -212,6 +243,10 @@ class BatchSimulation:
         self.last = None if self.left else tick
         return is_sent
 
+    def end(self) -> None:
+        """Send nothing more: the time of the batch is over."""
+        self.late, self.last = self.left, self.batch.ends_at
+
 
 def forecast(
     outreach: OutreachSnapshot, queue: QueueSnapshot | None, interval: timedelta, target_id: str | None = None
@@ -227,14 +262,13 @@ def forecast(
         if target_id not in {batch.id for batch in waiting}:
             sort_key = outreach.counts[target_id].sort_key
             place = sum(outreach.counts[batch.id].sort_key < sort_key for batch in waiting)
-            has_items = bool(outreach.predicted_outcomes[target_id])
-            waiting.insert(place, pacing.Batch(target_id, has_items, False, None))
+            waiting.insert(place, outreach.counts[target_id].as_sending(snapshot.settings, snapshot.now))
     simulations = {
         batch.id: BatchSimulation(
             batch._replace(in_flight=False, first_left=None),
             outreach.counts[batch.id].sort_key,
-            # With first_n, the batch pauses itself then.
-            outreach.predicted_outcomes[batch.id][: batch.first_left],
+            # The claimed items are pending, and have their places among the first ones.
+            first_outcomes(outreach.predicted_outcomes[batch.id], batch.first_left, outreach.claims[batch.id]),
             is_exact=outreach.is_exact,
         )
         for batch in waiting
@@ -244,6 +278,21 @@ def forecast(
     if not outreach.is_exact:
         return simulations, estimate(snapshot, simulations, tick, interval)
     return simulations, simulate(snapshot, simulations, tick, interval, target_id)
+
+
+def first_outcomes(outcomes: str, maximum: int | None, claimed: int) -> str:
+    """Return the outcomes of the items until the batch has sent first_n messages and pauses itself.
+
+    `maximum`: how many may go, beside the claimed ones; None: all.
+    """
+    if maximum is None:
+        return outcomes
+    places = max(maximum, 0) + claimed
+    for position, outcome in enumerate(outcomes):
+        if places <= 0:
+            return outcomes[:position]
+        places -= outcome in (SENT, UNREADABLE)
+    return outcomes
 
 
 def simulate(
@@ -265,8 +314,11 @@ def simulate(
     waiting = {name: simulation for name, simulation in simulations.items() if simulation.left}
     while waiting and (target_id is None or target_id in waiting) and tick < end:
         snapshot = snapshot._replace(now=tick, in_flight=0, sent=sent)
-        batches = [simulation.batch for simulation in waiting.values()]
-        decision = pacing.decide(snapshot, batches)
+        end_late(waiting, tick)
+        sending = [simulation.batch for simulation in waiting.values()]
+        decision = pacing.decide(snapshot, sending)
+        if decision is None:
+            break
         if isinstance(decision, pacing.Hold):
             if decision.until is None:
                 break
@@ -274,14 +326,26 @@ def simulate(
             hold_durations[decision.code] += ticks
             tick += ticks * interval
             continue
-        sent.extendleft([tick + DEVICE_LATENCY] * simulate_tick(snapshot, batches, waiting))
+        sent.extendleft([tick + DEVICE_LATENCY] * simulate_tick(snapshot, sending, waiting))
         hold_durations[ONE_PER_TICK] += 1
         tick += interval
-    return {code.removeprefix("limit reached limit="): ticks * interval for code, ticks in hold_durations.items()}
+    end_late(waiting, end)  # what is held without a known end still ends by its own times
+    names = {pacing.NOT_BEGUN: SEND_FROM}
+    return {
+        names.get(code, code.removeprefix("limit reached limit=")): ticks * interval
+        for code, ticks in hold_durations.items()
+    }
+
+
+def end_late(waiting: dict[str, BatchSimulation], tick: datetime) -> None:
+    """Remove the batches whose time is over in this tick."""
+    for name, simulation in list(waiting.items()):
+        if simulation.batch.ends_at and simulation.batch.ends_at <= tick:
+            waiting.pop(name).end()
 
 
 def simulate_tick(
-    snapshot: pacing.Snapshot, batches: Sequence[pacing.Batch], waiting: dict[str, BatchSimulation]
+    snapshot: pacing.Snapshot, sending: Sequence[pacing.Batch], waiting: dict[str, BatchSimulation]
 ) -> int:
     """Simulate one tick; return how many items were sent.
 
@@ -302,7 +366,7 @@ def simulate_tick(
                 waiting[served.batch.id] = served
         return claimed
 
-    pacing.claim_round_robin(snapshot, batches, claim)
+    pacing.claim_round_robin(snapshot, sending, claim)
     return sent
 
 
@@ -328,8 +392,11 @@ def apply_in_flight(
         if simulation := simulations.get(batch_id):
             last_sent_at = max(sent_at, simulation.batch.last_sent_at or sent_at)
             simulation.batch = simulation.batch._replace(last_sent_at=last_sent_at)
-    is_held = pacing.global_hold(snapshot) is not None
-    claimed = [batch_id for batch_id in outreach.claims.elements() if batch_id in simulations and not is_held]
+    due = {
+        batch_id for batch_id, simulation in simulations.items()
+        if not pacing.global_hold(snapshot) and not pacing.batch_time_hold(snapshot, simulation.batch)
+    }  # fmt: skip
+    claimed = [batch_id for batch_id in outreach.claims.elements() if batch_id in due]
     for batch_id in claimed:
         if simulations[batch_id].take(tick):
             sent_times.append(tick + DEVICE_LATENCY)
@@ -367,7 +434,12 @@ def estimate(
         if snapshot.settings.paused or needed[bottleneck] > timedelta.max.total_seconds() / 2:
             continue
         longest = timedelta(seconds=needed[bottleneck])
-        simulation.first, simulation.last = tick, tick + longest
+        simulation.first = max(tick, simulation.batch.send_from or tick)
+        simulation.last = simulation.first + longest
+        ends_at = simulation.batch.ends_at
+        if ends_at and simulation.last > ends_at:
+            share = max((ends_at - simulation.first) / longest, 0)
+            simulation.late, simulation.last = round(simulation.left * (1 - share)), ends_at
     return {bottleneck: longest} if waiting else {}
 
 
@@ -380,7 +452,10 @@ def _whole_ticks(length: timedelta, interval: timedelta) -> timedelta:
 
 
 class BatchForecast(msgspec.Struct, rename="camel"):
-    """What would happen if a batch were sent now. `bottleneck`: the hold that lasts longest, except quiet hours."""
+    """What would happen if a batch were sent now. `bottleneck`: the hold that lasts longest, except quiet hours.
+
+    `late`: how many messages would not go, because send_until, or the approval, ends before.
+    """
 
     batch_id: str
     status: str
@@ -394,6 +469,7 @@ class BatchForecast(msgspec.Struct, rename="camel"):
     bottleneck: str | None
     held_seconds: dict[str, int]
     notes: list[str]
+    late: int = 0
 
 
 def forecast_batch(
@@ -427,6 +503,10 @@ def forecast_batch(
         if outcomes and simulation.last is None:
             usages = pacing.limit_usage(outreach.snapshot)
             found.bottleneck = next((usage.limit for usage in usages if usage.maximum == 0), None)
+        if simulation.late:
+            found.late = simulation.late
+            found.bottleneck = "send_until" if simulation.batch.ends_at == counts.send_until else "approval_days"
+            found.notes.append(f"{found.late} of them would not go: {found.bottleneck} ends the batch before")
     return found
 
 
@@ -436,24 +516,22 @@ def forecast_new_batch(
     interval: timedelta,
     count: int,
     send_from: datetime | None = None,
+    send_until: datetime | None = None,
+    first_n: int | None = None,
 ) -> BatchForecast:
-    """Return what would happen if a batch of so many messages, which is not written yet, were sent now.
-
-    With a later `send_from`, the whole course is moved to it, and it is not exact.
-    """
+    """Return what would happen if a batch of so many messages, which is not written yet, were sent now."""
     name = "new batch"
-    counts = BatchCounts(name, "draft", None, outreach.now, count, 0, 0, 0, 0)
+    counts = BatchCounts(
+        name, "draft", None, outreach.now, count, 0, 0, 0, 0,
+        is_composed=True, send_from=send_from, send_until=send_until, first_n=first_n,
+    )  # fmt: skip
     total = count + sum(batch.pending for batch in outreach.counts.values())
     assumed = outreach._replace(
         counts={**outreach.counts, name: counts},
         predicted_outcomes={**outreach.predicted_outcomes, name: SENT * count},
         is_exact=outreach.is_exact and total <= MAX_SIMULATED_ITEMS,
     )
-    found = forecast_batch(assumed, queue, interval, name)
-    if send_from and found.first_at and send_from > found.first_at:
-        found.last_at = found.last_at + (send_from - found.first_at) if found.last_at else None
-        found.first_at, found.is_exact = send_from, False
-    return found
+    return forecast_batch(assumed, queue, interval, name)
 
 
 def _notes(outreach: OutreachSnapshot, queue: QueueSnapshot | None, interval: timedelta, unreadable: int) -> list[str]:

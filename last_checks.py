@@ -84,7 +84,8 @@ def check(
         written: tuple[set[str], set[str]] = (set(), set())
         if asked.days:
             ids, keys = [each.client_id for each in members], [each.handle_key or "" for each in members]
-            written = batches.written_to(quinn, ids, keys, asked.days, with_claimed)
+            item_ids = [each.item_id for each in members]
+            written = batches.written_to(quinn, ids, keys, asked.days, with_claimed, item_ids)
         for each in members:
             if reason := _reason(each, asked, matching, written):
                 reasons[each.item_id] = reason

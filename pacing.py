@@ -42,7 +42,10 @@ logger = logging.getLogger("outreach-dispatcher")
 
 
 class Settings(NamedTuple):
-    """The row of outreach_settings. A limit of None means no limit; quiet hours are `HH:MM`."""
+    """The row of outreach_settings. A limit of None means no limit; quiet hours are `HH:MM`.
+
+    `approval_days`: an approval lapses after so many days; None: never.
+    """
 
     paused: bool
     quiet_hours_start: str | None
@@ -53,6 +56,7 @@ class Settings(NamedTuple):
     max_per_day: int | None
     min_gap_seconds: int | None
     device_id: str | None
+    approval_days: int | None = None
 
     @property
     def quiet_hours(self) -> "QuietHours | None":
@@ -209,7 +213,7 @@ def read_snapshot(quinn: Any) -> Snapshot | None:
     """
     sql = """
         SELECT paused, quiet_hours_start::text, quiet_hours_end::text, quiet_hours_tz,
-               max_per_minute, max_per_hour, max_per_day, min_gap_seconds, device_id,
+               max_per_minute, max_per_hour, max_per_day, min_gap_seconds, device_id, approval_days,
                now(),
                (SELECT count(*) FROM outreach_batch_items WHERE status = 'queued')
                + (SELECT count(*) FROM outreach_batch_items WHERE status = 'pending' AND claimed_at IS NOT NULL),
@@ -230,7 +234,7 @@ def read_snapshot(quinn: Any) -> Snapshot | None:
          WHERE id = 1
     """
     rows = db.query(quinn, sql)
-    return Snapshot(Settings(*rows[0][:9]), *rows[0][9:]) if rows else None
+    return Snapshot(Settings(*rows[0][:10]), *rows[0][10:]) if rows else None
 
 
 def batches(quinn: Any) -> list[Batch]:
@@ -258,7 +262,7 @@ def batches(quinn: Any) -> list[Batch]:
                      LIMIT 1),
                    (SELECT max(outcome_unknown_at) FROM unknown WHERE batch_id = batch.id))
                END,
-               send_from,
+               CASE WHEN digest IS NOT NULL THEN send_from END,
                CASE WHEN digest IS NOT NULL
                     THEN LEAST(send_until, approved_at + gap.approval_days * interval '1 day') END,
                CASE WHEN digest IS NOT NULL AND first_n IS NOT NULL THEN first_n
@@ -320,7 +324,7 @@ def decide(
     2. heartbeat_hold() (status.py only)
     3. global_hold()
     4. server_outage_hold() (status.py only)
-    5. the batch of an item that an earlier tick claimed
+    5. the batch of an item that an earlier tick claimed, and that may go now
     6. None, or results_hold(), if no item is pending
     7. limit_hold()
     8. all_batches_hold(): each batch is held by its times, its first messages or the gap
@@ -338,8 +342,10 @@ def decide(
         )
     if hold:
         return hold
-    if snapshot.claimed_since and (claimed := [batch for batch in waiting if batch.pending and batch.in_flight]):
-        return claimed[0]
+    if snapshot.claimed_since:
+        claimed = [batch for batch in waiting if batch.pending and batch.in_flight]
+        if due := [batch for batch in claimed if batch_time_hold(snapshot, batch) is None]:
+            return due[0]
     if not any(batch.pending for batch in waiting):
         return results_hold(snapshot, known) if snapshot.in_flight else None
     hold = limit_hold(snapshot) or all_batches_hold(snapshot, waiting)
@@ -505,19 +511,29 @@ def batch_gap_hold(snapshot: Snapshot, batch: Batch) -> Hold | None:
 
 def batch_hold(snapshot: Snapshot, batch: Batch) -> Hold | None:
     """Return the hold of one batch: its times, its first messages, or the gap."""
-    if batch.ends_at and batch.ends_at <= snapshot.now:
-        message = f"the time of batch {batch.id[:8]}… is over: the next tick ends it"
-        return Hold("batch is over", message=message, clears_itself=True)
-    if batch.send_from and batch.send_from > snapshot.now:
-        return Hold(NOT_BEGUN, batch.send_from, f"batch {batch.id[:8]}… begins")
+    if hold := batch_time_hold(snapshot, batch):
+        return hold
     if batch.first_left is not None and batch.first_left <= 0:
         message = f"the first messages of batch {batch.id[:8]}… are on their way"
         return Hold("first messages", message=message, clears_itself=True)
     return batch_gap_hold(snapshot, batch)
 
 
+def batch_time_hold(snapshot: Snapshot, batch: Batch) -> Hold | None:
+    """Return the hold of a composed batch before its send_from, after its send_until, or without a valid approval."""
+    if batch.ends_at and batch.ends_at <= snapshot.now:
+        message = f"the time of batch {batch.id[:8]}… is over: the next tick ends it"
+        return Hold("batch is over", message=message, clears_itself=True)
+    if batch.send_from and batch.send_from > snapshot.now:
+        return Hold(NOT_BEGUN, batch.send_from, f"batch {batch.id[:8]}… begins")
+    return None
+
+
 def all_batches_hold(snapshot: Snapshot, waiting: Sequence[Batch]) -> Hold | None:
-    """Return a hold if every batch that has pending items is held: the hold that ends first."""
+    """Return a hold if every batch that has pending items is held: the one that ends first.
+
+    A batch that begins later is named last: what the others wait for may need an operator now.
+    """
     holds = []
     for batch in waiting:
         if batch.pending:
@@ -525,7 +541,8 @@ def all_batches_hold(snapshot: Snapshot, waiting: Sequence[Batch]) -> Hold | Non
             if hold is None:
                 return None
             holds.append(hold)
-    return min(holds, key=lambda hold: hold.until or datetime.max.replace(tzinfo=UTC), default=None)
+    latest = datetime.max.replace(tzinfo=UTC)
+    return min(holds, key=lambda hold: (hold.code == NOT_BEGUN, hold.until or latest), default=None)
 
 
 def eligible_batches(snapshot: Snapshot, waiting: Sequence[Batch]) -> Iterator[Batch]:

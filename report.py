@@ -48,7 +48,10 @@ class Summary(msgspec.Struct, rename="camel"):
 
 
 class BatchLine(msgspec.Struct, rename="camel"):
-    """A sending batch. `hold`: what holds it, as a phrase. `finish`: None where no time can be told."""
+    """A sending batch. `hold`: what holds it, as a phrase. `finish`: None where no time can be told.
+
+    `late`: how many messages will not go, because send_until, or the approval, ends before.
+    """
 
     id: str
     pending: int
@@ -59,6 +62,7 @@ class BatchLine(msgspec.Struct, rename="camel"):
     hold: str | None
     finish: datetime | None
     finish_is_exact: bool
+    late: int
 
 
 class StoppedBatch(msgspec.Struct, rename="camel"):
@@ -327,6 +331,7 @@ def _batch_line(
         hold=describe_hold(hold, formatter) if hold and batch.pending else None,
         finish=simulation.last if simulation else None,
         finish_is_exact=simulation.is_exact if simulation else False,
+        late=simulation.late if simulation else 0,
     )
 
 

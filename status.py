@@ -74,6 +74,7 @@ def batches_table(seen: report.Report, formatter: report.LocalTimeFormatter, con
         ended = total - batch.pending - batch.queued
         bar: list[RenderableType] = [ProgressBar(max(total, 1), ended, width=12)] if console.is_terminal else []
         finish = formatter.at(batch.finish) if batch.finish else "no time known" if batch.pending else ""
+        finish += f", {batch.late} too late" if batch.late else ""
         made.add_row(
             batch.id if console.width >= WIDE else batch.id[:8], *bar, f"{ended * 100 // total if total else 0} %",
             str(batch.pending), str(batch.queued), str(batch.sent), str(batch.failed), str(batch.skipped),

@@ -1,6 +1,7 @@
 """Put the databases into each situation that the report distinguishes; SITUATIONS lists them all."""
 
 from collections.abc import Callable
+from typing import Any
 
 from helpers import ago, start_quiet_hours
 from testing import TestData
@@ -297,6 +298,66 @@ def outcome_unknown_long_ago(world: TestData) -> None:
     outcome_unknown(world, days=9)
 
 
+def composed(world: TestData, clients: int = 2, **columns: Any) -> str:
+    return world.batch(clients=clients, **{"digest": "d", "approved_at": ago(3600), **columns})
+
+
+def begins_later(world: TestData) -> None:
+    composed(world, send_from=ago(hours=-26))
+
+
+def begins_later_beside_another(world: TestData) -> None:
+    begins_later(world)
+    sending(world)
+
+
+def begins_later_and_device_is_off(world: TestData) -> None:
+    begins_later(world)
+    gap_in_flight(world)
+
+
+def begins_later_and_hour_is_full(world: TestData) -> None:
+    begins_later(world)
+    hour_is_full(world)
+
+
+def two_begin_later(world: TestData) -> None:
+    begins_later(world)
+    composed(world, send_from=ago(days=-3))
+
+
+def by_hand_has_no_times(world: TestData) -> None:
+    world.batch(clients=1, send_from=ago(hours=-26))
+
+
+def first_ones_are_in_flight(world: TestData) -> None:
+    uncollected_items(world, 1, composed(world, first_n=1))
+
+
+def first_ones_were_sent(world: TestData) -> None:
+    composed(world, status="paused", first_n=2, pause_reason="the first 2 messages were sent")
+
+
+def time_is_over(world: TestData) -> None:
+    composed(world, send_until=ago(seconds=5))
+
+
+def approval_is_over(world: TestData) -> None:
+    composed(world, approved_at=ago(days=7, seconds=5))
+
+
+def approval_lapsed(world: TestData) -> None:
+    composed(world, status="paused", approved_at=ago(days=8), pause_reason="approval lapsed")
+
+
+def audience_is_broken(world: TestData) -> None:
+    composed(world, status="paused", pause_reason="its audience cannot be checked any more: there is no column")
+
+
+def too_late_for_most(world: TestData) -> None:
+    composed(world, clients=9, send_until=ago(seconds=-80))
+
+
 # The situation, the first line of status.py, and its exit status.
 SITUATIONS: list[tuple[Situation, str, int]] = [
     (idle, r"Nothing to send\.", 0),
@@ -347,6 +408,23 @@ SITUATIONS: list[tuple[Situation, str, int]] = [
     (a_mac_that_is_gone_says, r"Sending: next item of batch .*", 0),
     (batch_stopped_itself, r"Held: batch [0-9a-f]{8}… paused itself: the last 5 messages failed\.", 1),
     (batch_stopped_itself_beside_another, r"Sending: next item of batch .*", 1),
+    (begins_later, r"Held: batch [0-9a-f]{8}… begins at (\w+ )?\d\d:\d\d\.", 0),
+    (two_begin_later, r"Held: batch [0-9a-f]{8}… begins at (\w+ )?\d\d:\d\d\.", 0),
+    (begins_later_beside_another, r"Sending: next item of batch .*", 0),
+    (
+        begins_later_and_device_is_off,
+        r"Held: waiting for device 'mac-mini', last seen 2 h ago; 1 message in flight\.",
+        1,
+    ),
+    (begins_later_and_hour_is_full, r"Held: max_per_hour reached, 3 of 3; next place at .*", 0),
+    (by_hand_has_no_times, r"Sending: next item of batch .*", 0),
+    (first_ones_are_in_flight, r"Held: waiting for device 'mac-mini', last seen 3 s ago; 1 message in flight\.", 0),
+    (first_ones_were_sent, r"Held: batch [0-9a-f]{8}… paused itself: the first 2 messages were sent\.", 1),
+    (time_is_over, r"Held: the time of batch [0-9a-f]{8}… is over: the next tick ends it\.", 0),
+    (approval_is_over, r"Held: the time of batch [0-9a-f]{8}… is over: the next tick ends it\.", 0),
+    (approval_lapsed, r"Held: batch [0-9a-f]{8}… paused itself: approval lapsed\.", 1),
+    (audience_is_broken, r"Held: batch [0-9a-f]{8}… paused itself: its audience cannot be checked any more: .*\.", 1),
+    (too_late_for_most, r"Sending: next item of batch .*", 0),
     (outcome_unknown, r"Nothing to send\.", 1),
     (outcome_unknown_long_ago, r"Nothing to send\.", 0),
 ]

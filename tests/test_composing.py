@@ -371,7 +371,7 @@ def test_changed_message_is_refused(world: TestData) -> None:
         send(world, made)
 
 
-@pytest.mark.parametrize("status", ["paused", "cancelled", "sent"])
+@pytest.mark.parametrize("status", ["paused", "cancelled"])
 def test_only_a_draft_is_sent(world: TestData, status: str) -> None:
     person(world)
     made = draft(world)
@@ -379,6 +379,15 @@ def test_only_a_draft_is_sent(world: TestData, status: str) -> None:
     with pytest.raises(batches.Refused, match=f"the batch is {status}: only a draft can be sent") as refused:
         send(world, made)
     assert refused.value.status == 409
+
+
+def test_same_send_again_is_harmless_when_the_batch_is_finished(world: TestData) -> None:
+    person(world)
+    made = draft(world)
+    send(world, made)
+    world.quinn("UPDATE outreach_batch_items SET status = 'skipped'")
+    world.quinn("UPDATE outreach_batches SET status = 'sent'")
+    assert send(world, made).status == "sent"
 
 
 def test_lapsed_approval_needs_the_digest_again(world: TestData) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -21,7 +22,8 @@ SHIFTS = {
     "quinn": (
         "UPDATE outreach_batch_items SET sent_at = sent_at - {0}, updated_at = updated_at - {0},"
         " created_at = created_at - {0}, claimed_at = claimed_at - {0}, queued_at = queued_at - {0}",
-        "UPDATE outreach_batches SET last_served_at = last_served_at - {0}, created_at = created_at - {0}",
+        "UPDATE outreach_batches SET last_served_at = last_served_at - {0}, created_at = created_at - {0},"
+        " send_from = send_from - {0}, send_until = send_until - {0}",
         "UPDATE outreach_settings SET last_synced_at = last_synced_at - {0}, last_tick_at = last_tick_at - {0}",
     ),
     "icloud": (
@@ -66,7 +68,11 @@ class Days:
 
     def ends(self) -> dict[str, datetime]:
         """Return when the last item of each batch ended."""
-        sql = "SELECT batch_id, max(COALESCE(sent_at, updated_at)) FROM outreach_batch_items GROUP BY batch_id"
+        sql = """
+            SELECT batch_id, max(COALESCE(sent_at, updated_at)) FILTER (WHERE status <> 'pending')
+              FROM outreach_batch_items
+             GROUP BY batch_id
+        """
         return dict(self.world.quinn(sql))
 
     def is_over(self) -> bool:
@@ -88,6 +94,8 @@ def scene(days: Days, rng: random.Random) -> None:
         clients = [world.client(handle) for handle in rng.choices(handles, [8, 3, 3, 2, 1], k=rng.randint(1, 6))]
         served = datetime.now(UTC) - timedelta(minutes=rng.randint(1, 500)) if rng.random() < 0.5 else None
         world.batch(clients=clients, last_served_at=served)
+    for _ in range(rng.randint(0, 2)):
+        composed_batch(days, rng)
     history = world.batch(status="sent")
     for _ in range(rng.randint(0, 4)):
         ago = timedelta(seconds=rng.uniform(0, {"max_per_minute": 60, "max_per_hour": 3600}.get(limit, 86_400)))
@@ -97,6 +105,20 @@ def scene(days: Days, rng: random.Random) -> None:
         start = now.hour * 60 + now.minute + rng.randint(1, 5) * int(tick // 60) + rng.randint(0, 3)
         days.quiet = start % 1440, (start + rng.randint(1, 4) * int(tick // 60) + 1) % 1440
         days.pass_time(timedelta(0))
+
+
+def composed_batch(days: Days, rng: random.Random) -> None:
+    """Insert an approved batch which begins later, ends early or pauses itself, or some of these."""
+    days.world.settings(approval_days=None)  # a lapse would be a matter of the days that have passed here
+    begins = datetime.now(UTC) + rng.choice([-1, 2, 5, 9]) * days.interval
+    days.world.batch(
+        clients=rng.randint(1, 6),
+        digest="d",
+        approved_at=datetime.now(UTC),
+        first_n=rng.choice([None, None, 1, 3]),
+        send_from=begins if rng.random() < 0.5 else None,
+        send_until=begins + rng.randint(2, 8) * days.interval if rng.random() < 0.5 else None,
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -161,6 +183,126 @@ def test_million_item_forecast_is_fast_and_close(limits: dict[str, Any], days: f
     for simulation in estimated.values():
         assert simulation.last is not None
         assert (simulation.last - now) / timedelta(days=1) == pytest.approx(days, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("begins", "ends", "last", "late"), [(None, None, 6, 0), (3, None, 9, 0), (None, 3, 3, 360), (2, 5, 5, 360)]
+)
+def test_estimate_obeys_the_times_of_a_batch(begins: int | None, ends: int | None, last: int, late: int) -> None:
+    now = datetime(2026, 4, 22, 12, 0, tzinfo=UTC)
+    settings = pacing.Settings(False, None, None, "UTC", None, None, None, None, None)
+    estimated = simulations(1, 720, now)  # six hours
+    moments = [now + timedelta(hours=hours) if hours else None for hours in (begins, ends)]
+    estimated["0"].batch = estimated["0"].batch._replace(send_from=moments[0], ends_at=moments[1])
+    forecast.estimate(pacing.Snapshot(settings, now, 0, []), estimated, now, timedelta(seconds=30))
+    assert estimated["0"].first == now + timedelta(hours=begins or 0)
+    assert estimated["0"].last == now + timedelta(hours=last)
+    assert estimated["0"].late == late
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "maximum", "claimed", "expected"),
+    [("sss", None, 0, "sss"), ("sss", 2, 0, "ss"), ("sss", 0, 0, ""), ("sss", 0, 1, "s"), ("sss", -1, 0, ""),
+     ("kfsss", 1, 0, "kfs"), ("usf", 2, 0, "us"), ("s", 5, 0, "s"), ("", 0, 0, "")],
+)  # fmt: skip
+def test_batch_pauses_itself_after_its_first_messages(
+    outcomes: str, maximum: int | None, claimed: int, expected: str
+) -> None:
+    assert forecast.first_outcomes(outcomes, maximum, claimed) == expected
+
+
+def test_first_message_that_is_claimed_can_be_forecast(world: TestData) -> None:
+    running_system(world)
+    world.batch(clients=2, digest="d", approved_at=datetime.now(UTC), first_n=1)
+    world.quinn(
+        "UPDATE outreach_batch_items SET claimed_at = now() WHERE id = (SELECT id FROM outreach_batch_items LIMIT 1)"
+    )
+    [batch] = report.report(timedelta(seconds=30)).batches or []
+    assert batch.finish
+    assert batch.late == 0
+
+
+# send_from and send_until in minutes from now, first_n; the first and the last message in seconds, how many are too
+# late, and what decides. Each batch has 5 messages, one of which goes every 30 s.
+NEW_BATCHES: list[tuple[int | None, int | None, int | None, int, int, int, str]] = [
+    (None, None, None, 0, 120, 0, forecast.ONE_PER_TICK),
+    (10, None, None, 600, 720, 0, "send_from"),
+    (-10, None, None, 0, 120, 0, forecast.ONE_PER_TICK),
+    (None, None, 2, 0, 30, 0, forecast.ONE_PER_TICK),
+    (None, 1, None, 0, 60, 3, "send_until"),
+    (10, 11, None, 600, 660, 3, "send_until"),
+    (10, 11, 2, 600, 630, 0, "send_from"),
+    (None, 60 * 24 * 9, None, 0, 120, 0, forecast.ONE_PER_TICK),
+]
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+@pytest.mark.parametrize(("begins", "ends", "first_n", "first", "last", "late", "binds"), NEW_BATCHES)
+def test_forecast_of_a_draft_obeys_its_times(
+    world: TestData, begins: int | None, ends: int | None, first_n: int | None, first: int, last: int, late: int,
+    binds: str, is_written: bool,
+) -> None:  # fmt: skip
+    interval = timedelta(seconds=30)
+    [(now,)] = world.quinn("SELECT now()")
+    send_from, send_until = (now + timedelta(minutes=each) if each else None for each in (begins, ends))
+    columns = {"send_from": send_from, "send_until": send_until, "first_n": first_n}
+    draft = world.batch(clients=5, status="draft", digest="d", **columns) if is_written else None
+    outreach = forecast.read_outreach(world.databases.quinn, draft)
+    assert outreach.snapshot
+    outreach = outreach._replace(now=now, snapshot=outreach.snapshot._replace(now=now))
+    if draft:
+        found = forecast.forecast_batch(outreach, None, interval, draft)
+    else:
+        found = forecast.forecast_new_batch(outreach, None, interval, 5, send_from, send_until, first_n)
+    assert found.first_at
+    assert found.last_at
+    assert (found.first_at - now, found.last_at - now) == (timedelta(seconds=first), timedelta(seconds=last))
+    assert (found.late, found.bottleneck, found.is_exact) == (late, binds, True)
+    assert len([note for note in found.notes if "would not go" in note]) == (late > 0)
+
+
+def test_forecast_of_a_long_batch_ends_with_its_approval(world: TestData) -> None:
+    world.settings(max_per_hour=None, max_per_minute=None, max_per_day=10)
+    outreach = forecast.read_outreach(world.databases.quinn)
+    found = forecast.forecast_new_batch(outreach, None, timedelta(seconds=30), 100)
+    assert (found.late, found.bottleneck) == (30, "approval_days")
+    world.settings(approval_days=None)
+    outreach = forecast.read_outreach(world.databases.quinn)
+    found = forecast.forecast_new_batch(outreach, None, timedelta(seconds=30), 100)
+    assert (found.late, found.bottleneck) == (0, "max_per_day")
+
+
+@pytest.mark.parametrize(
+    ("columns", "late", "ends_with"),
+    [({"pause_reason": "the first 2 messages were sent", "first_n": 2}, 0, 5),
+     ({"first_n": 2}, 0, 2),
+     ({"pause_reason": "approval lapsed", "approved_at": datetime(2026, 1, 1, tzinfo=UTC)}, 0, 5)],
+)  # fmt: skip
+def test_forecast_of_a_paused_batch_is_that_of_its_resume(
+    world: TestData, columns: dict[str, Any], late: int, ends_with: int
+) -> None:
+    columns = {"approved_at": datetime.now(UTC), **columns}
+    batch_id = world.batch(clients=5, status="paused", digest="d", **columns)
+    outreach = forecast.read_outreach(world.databases.quinn, batch_id)
+    found = forecast.forecast_batch(outreach, None, timedelta(seconds=30), batch_id)
+    assert found.first_at
+    assert found.last_at
+    assert (found.late, found.last_at - found.first_at) == (late, (ends_with - 1) * timedelta(seconds=30))
+
+
+def test_batch_that_is_over_does_not_end_the_forecast_of_one_that_begins_later(world: TestData) -> None:
+    running_system(world)
+    now = datetime.now(UTC)
+    approved: dict[str, Any] = {"digest": "d", "approved_at": now}
+    over = world.batch(clients=9, send_until=now + timedelta(minutes=1), **approved)
+    later = world.batch(clients=1, send_from=now + timedelta(minutes=9), **approved)
+    lines = {batch.id: batch for batch in report.report(timedelta(seconds=30)).batches or []}
+    assert lines[over].finish == now + timedelta(minutes=1)
+    assert lines[over].late in (7, 8)
+    finish = lines[later].finish
+    assert finish
+    assert timedelta(minutes=9) <= finish - now <= timedelta(minutes=9, seconds=30)
+    assert re.search(rf"{over[:8]}.* \d\d:\d\d:\d\d, [78] too late", run_script("status.py").stdout)
 
 
 def test_endless_hold_leaves_finish_unknown(world: TestData) -> None:

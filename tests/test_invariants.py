@@ -27,6 +27,8 @@ from helpers import (
 )
 from testing import SERVICE_TOKEN, DeviceClient, Script, TestData, wait_until
 
+import batches
+import composing
 import db
 import dispatcher
 from report import report as read_report
@@ -384,3 +386,102 @@ def test_12_nothing_is_collected_for_a_handle_after_its_opt_out_is_recorded(
             assert world.icloud(after) == [(collected,)]
             mini.opt_out(HANDLE, "START", "2026-04-22T13:00:00Z")
             world.icloud("DELETE FROM icloud.send_queue")
+
+
+PEOPLE = {"v": 1, "where": {"everyone": True}}
+
+
+def draft(world: TestData, **wanted: Any) -> composing.Draft:
+    request = composing.Request(**{"id": uuid.uuid4(), "query": PEOPLE, "template": "Hi {{ client.name }}!", **wanted})
+    return composing.draft(world.databases.quinn, world.databases.icloud, request, timedelta(seconds=30))
+
+
+def named(world: TestData, name: str, handle: str) -> str:
+    client_id = world.client(handle)
+    world.quinn("UPDATE clients SET name = %(name)s WHERE id = %(id)s", name=name, id=client_id)
+    return client_id
+
+
+def send_all(world: TestData, mini: DeviceClient, mac_sync: dispatcher.SendQueueClient) -> list[tuple[str, str]]:
+    """Run both jobs and the device until nothing is left; return what the device sent."""
+    sent = []
+    for _ in range(10):
+        sync(world)
+        tick(world, mac_sync)
+        for item in mini.poll():
+            sent.append((item["toHandle"], item["body"]))
+            mini.result(item["id"], "sent")
+    return sorted(sent)
+
+
+def test_13_what_is_sent_is_what_was_approved(
+    world: TestData, mini: DeviceClient, mac_sync: dispatcher.SendQueueClient
+) -> None:
+    people = {name: named(world, name, f"+1415555{number:04}") for number, name in enumerate("ABCDEF")}
+    made = draft(world)
+    approved = world.quinn("SELECT handle_key, rendered_body FROM outreach_batch_items ORDER BY handle_key")
+    assert {(preview.handle, preview.body) for preview in made.previews} <= set(approved)
+    composing.send(world.databases.quinn, made.id, made.digest, made.items)
+    world.quinn("UPDATE clients SET name = 'Z'")
+    world.quinn("UPDATE contact_relationships SET handle = '+1 415 555 0001' WHERE client_id = %(id)s", id=people["B"])
+    world.quinn("UPDATE contact_relationships SET handle = '+14155559999' WHERE client_id = %(id)s", id=people["C"])
+    world.quinn("DELETE FROM contact_relationships WHERE client_id = %(id)s", id=people["D"])
+    world.quinn("DELETE FROM clients WHERE id = %(id)s", id=people["E"])
+    mini.opt_out("+14155550005")
+    world.item(made.id, named(world, "G", "+14155550006"))  # by hand, after the approval
+    named(world, "H", "+14155550007")  # the audience has one more
+    assert send_all(world, mini, mac_sync) == approved[:2]
+    assert world.quinn("SELECT count(*) FROM outreach_batch_items WHERE failure_reason IS NOT NULL") == [(5,)]
+
+
+def test_14_nobody_gets_a_batch_twice(
+    world: TestData, mini: DeviceClient, mac_sync: dispatcher.SendQueueClient, base_url: str
+) -> None:
+    for handle in ("+14155550001", "+1 (415) 555-0001", "001 415 555 0001", "+1-415-555-0001", "a@example.com"):
+        named(world, "A", handle)
+    batch_id = uuid.uuid4()
+    made, again = (draft(world, id=batch_id) for _ in range(2))
+    assert (made.id, made.digest, made.items) == (again.id, again.digest, again.items)
+    assert made.items == 2
+    with ThreadPoolExecutor(4) as threads:  # a double click
+
+        def click(_: int) -> str:
+            with contextlib.closing(db.connect(world.databases.quinn_url)) as quinn:
+                return composing.send(quinn, made.id, made.digest, made.items).status
+
+        assert set(threads.map(click, range(4))) == {"sending"}
+    victim = CrashingClient(base_url, SERVICE_TOKEN)
+    victim.crash = True
+    with pytest.raises(Crash):  # after the response, before it is recorded
+        tick(world, victim)
+    sent = send_all(world, mini, mac_sync)
+    assert [to for to, _ in sent] == ["+14155550001", "a@example.com"]
+    with pytest.raises(batches.Refused):
+        composing.send(world.databases.quinn, made.id, made.digest, made.items)
+    assert send_all(world, mini, mac_sync) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["send_from = now() + interval '1 minute'", "send_until = now() - interval '1 second'",
+     "approved_at = now() - interval '7 days'"],
+)  # fmt: skip
+def test_16_nothing_is_collected_outside_the_times_of_a_batch_and_its_approval(
+    world: TestData, mini: DeviceClient, mac_sync: dispatcher.SendQueueClient, change: str
+) -> None:
+    """See also test_times.py."""
+    named(world, "A", "+14155550001")
+    made = draft(world)
+    composing.send(world.databases.quinn, made.id, made.digest, made.items)
+    world.quinn("UPDATE outreach_batch_items SET claimed_at = now()")  # a claim may wait through an outage
+    world.quinn(f"UPDATE outreach_batches SET {change}")
+    tick(world, mac_sync)  # also if the sync failed
+    assert world.icloud("SELECT 1 FROM icloud.send_queue") == []
+    assert send_all(world, mini, mac_sync) == []
+    world.quinn("UPDATE outreach_batches SET status = 'sending', send_from = NULL, send_until = NULL")
+    world.quinn("UPDATE outreach_batches SET approved_at = now()")
+    world.quinn("UPDATE outreach_batch_items SET status = 'pending'")
+    tick(world, mac_sync)
+    world.quinn(f"UPDATE outreach_batches SET {change}")
+    sync(world)
+    assert mini.peek()["items"] == []

@@ -305,3 +305,70 @@ def test_decision_names_the_first_messages(world: TestData, tick: Callable[[], A
     assert hold
     assert hold.code == "first messages"
     assert hold.clears_itself
+
+
+# --- what an outage, a retry or the owner's SQL leave behind ---------------------------------------------
+
+
+def test_retry_by_name_is_sent_again_although_it_may_have_been_sent(
+    world: TestData, tick: Callable[[], Any], mini: DeviceClient
+) -> None:
+    batch_id, other = (approve(world, not_sent_within_days=7) for _ in range(2))
+    tick()
+    [row] = mini.poll()
+    mini.result(row["id"], "failed", outcome="unknown")
+    dispatcher.sync(world.databases.quinn, world.databases.icloud)
+    assert dispatcher.run_retry(batch_id, include_unknown=True) == 0
+    tick()
+    assert world.statuses(batch_id) == ["queued"]
+    assert world.statuses(other) == ["skipped"], "for another batch, what may have been sent counts"
+
+
+def test_send_from_of_a_batch_by_hand_holds_nothing(world: TestData, tick: Callable[[], Any]) -> None:
+    world.batch(clients=1, send_from=datetime.now(UTC) + timedelta(hours=1))
+    assert tick()["queued"] == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["send_from = now() + interval '1 hour'", "send_until = now()", "approved_at = now() - interval '8 days'"],
+)
+def test_claim_that_may_not_go_now_holds_up_no_other_batch(
+    world: TestData, mac_sync: dispatcher.SendQueueClient, device_id: str, change: str
+) -> None:
+    batch_id = approve(world)
+    world.quinn("UPDATE outreach_batch_items SET claimed_at = now()")
+    world.quinn(f"UPDATE outreach_batches SET {change}")
+    by_hand = world.batch(clients=1)
+    assert dispatcher.dispatch(world.databases.quinn, world.databases.icloud, mac_sync)["queued"] == 1
+    assert (world.statuses(batch_id), world.statuses(by_hand)) == (["pending"], ["queued"])
+
+
+def test_what_waits_of_a_batch_is_withdrawn_when_its_times_change(
+    world: TestData, tick: Callable[[], Any], mini: DeviceClient
+) -> None:
+    batch_id = approve(world)
+    tick()
+    world.quinn("UPDATE outreach_batches SET send_from = now() + interval '1 hour'")
+    assert dispatcher.sync(world.databases.quinn, world.databases.icloud)["withdrawn"] == 1
+    assert world.statuses(batch_id) == ["pending"]
+    world.quinn("UPDATE outreach_batches SET send_from = NULL")
+    tick()
+    world.quinn("UPDATE outreach_batches SET send_until = now()")
+    tick()
+    assert mini.peek()["items"] == []
+    tick()
+    assert world.statuses(batch_id) == ["skipped"]
+
+
+def test_approval_of_a_paused_batch_lapses_too(world: TestData, tick: Callable[[], Any]) -> None:
+    lapsed, fresh, draft = approve(world), approve(world), world.batch(clients=1, status="draft", digest="d")
+    for batch_id in (lapsed, fresh):
+        batches.pause(world.databases.quinn, world.databases.icloud, batch_id)
+    world.quinn("UPDATE outreach_batches SET approved_at = now() - interval '7 days' WHERE id = %(id)s", id=lapsed)
+    tick()
+    reasons: dict[str, str | None] = dict(world.quinn("SELECT id, pause_reason FROM outreach_batches"))
+    assert reasons == {lapsed: "approval lapsed", fresh: None, draft: None}
+    with pytest.raises(batches.Refused, match="send it again with its digest"):
+        batches.resume(world.databases.quinn, lapsed)
+    assert dispatcher.sync(world.databases.quinn, world.databases.icloud)["batches paused"] == 0, "it is told once"

@@ -5,6 +5,7 @@ counts the rows and the buffers that each of them reads, under statistics that a
 """
 
 import contextlib
+import json
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,6 +13,7 @@ import requests
 from helpers import plan_nodes, record_statements
 from testing import SERVICE_TOKEN, Databases, DeviceClient, TestData
 
+import audience
 import db
 import dispatcher
 
@@ -19,9 +21,14 @@ HISTORY = 100_000  # finished rows of the queue, and sent items
 ENDED_BADLY = 10_000  # of each: items of unknown outcome, of long ago; opt-outs, active and ended
 OTHERS = 500  # messages that wait, uncollected, for another device; and pending items of a paused batch
 BATCHES, ITEMS = 100, 100  # sending batches, and pending items of each
-TABLES = {"send_queue", "outreach_batch_items", "contact_relationships", "opt_outs"}
+TABLES = {"send_queue", "outreach_batch_items", "contact_relationships", "opt_outs", "clients"}
+# The audience of each composed batch, which the dispatcher checks again. Everybody is in it.
+AUDIENCE = {
+    "v": 1,
+    "where": {"all": [{"not": {"field": "city", "eq": "Rome"}}, {"field": "handle.prefix", "eq": "+1"}]},
+}
 # What one statement may read: some rows and pages for each batch and for the handful that is in hand.
-MAX_ROWS = 8 * BATCHES  # for each batch: its head, the handles of its client, and what sorts and joins them
+MAX_ROWS = 6 * BATCHES
 MAX_BUFFERS = 40 * BATCHES
 # What could be withdrawn, and what waits for each device: these two have the `OTHERS` in hand as well.
 ALL_WAITING = ("drafted_at IS NOT NULL", "count(message.id) FILTER")
@@ -98,13 +105,15 @@ def fill_waiting(databases: Databases, other: str) -> None:
     """
     clients = """
         WITH client AS (
-            INSERT INTO clients (id, name) SELECT md5('client' || n)::uuid, n FROM generate_series(1, 10000) AS n
+            INSERT INTO clients (id, name, attributes)
+            SELECT md5('client' || n)::uuid, n, '{"city": "Berlin"}' FROM generate_series(1, 10000) AS n
             ON CONFLICT DO NOTHING
+            RETURNING id, name AS n
         )
         INSERT INTO contact_relationships (client_id, handle, is_primary)
-        SELECT md5('client' || n)::uuid, '+14157' || to_char(n, 'FM000000'), true FROM generate_series(1, 10000) AS n
+        SELECT id, '+14157' || to_char(n::integer, 'FM000000'), true FROM client
          UNION ALL
-        SELECT md5('client' || n)::uuid, n || '@example.com', false FROM generate_series(1, 10000) AS n
+        SELECT id, n || '@example.com', false FROM client
     """
     sending = """
         WITH batch AS (
@@ -112,7 +121,7 @@ def fill_waiting(databases: Databases, other: str) -> None:
                                           query_json)
             SELECT 'hello', 'sending', CASE WHEN n %% 2 = 0 THEN 'digest' END, now() - interval '1 hour', 1000,
                    CASE n WHEN 2 THEN 30 END,
-                   '{"v": 1, "where": {"everyone": true}}'
+                   %(audience)s
               FROM generate_series(1, %(batches)s) AS n
             RETURNING id, digest
         )
@@ -124,7 +133,8 @@ def fill_waiting(databases: Databases, other: str) -> None:
     db.query(databases.icloud, uncollected, {"device": other, "count": OTHERS})
     db.query(databases.quinn, paused, {"count": OTHERS})
     db.query(databases.quinn, clients)
-    db.query(databases.quinn, sending, {"batches": BATCHES, "items": ITEMS})
+    query = audience.parse(AUDIENCE, audience.read_fields(databases.quinn))
+    db.query(databases.quinn, sending, {"batches": BATCHES, "items": ITEMS, "audience": json.dumps(query)})
 
 
 def run_a_day(world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient) -> None:
@@ -200,13 +210,19 @@ def test_frequent_statement_reads_only_open_work(
     other = world.device("other")
     fill_waiting(world.databases, other)
     check_a_day(world, base_url, mac_sync, spied, "missing")
-    world.icloud("DELETE FROM icloud.send_queue WHERE status = 'queued'")
-    world.quinn("DELETE FROM outreach_batches WHERE status IN ('sending', 'paused')")
+    empty_waiting(world)
     analyze(world)
     fill_waiting(world.databases, other)
     check_a_day(world, base_url, mac_sync, spied, "stale")
+    empty_waiting(world)
+    fill_waiting(world.databases, other)
     analyze(world)
     check_a_day(world, base_url, mac_sync, spied, "fresh")
+
+
+def empty_waiting(world: TestData) -> None:
+    world.icloud("DELETE FROM icloud.send_queue WHERE status = 'queued'")
+    world.quinn("DELETE FROM outreach_batches WHERE status IN ('sending', 'paused')")
 
 
 def analyze(world: TestData) -> None:
@@ -221,7 +237,12 @@ def check_a_day(
     run_a_day(world, base_url, mac_sync)
     hot = [(sql, params) for sql, params in spied if any(table in sql for table in TABLES)]
     kinds = {sql for sql, _ in hot if "INTO outreach" not in sql}
-    assert len(kinds) >= 33, "the statements of the two jobs and of the endpoints"
+    assert len(kinds) >= 37, "the statements of the two jobs and of the endpoints"
+    for part in (
+        "FROM clients AS client\n         WHERE client.id = ANY (%(client_ids)s::",
+        "unnest(%(keys)s::text[]) AS key",
+    ):
+        assert any(part in sql for sql in kinds), "the last checks of composed batches"
     for sql, params in hot:
         conn = world.databases.icloud if "icloud." in sql else world.databases.quinn
         work = explain(conn, sql, params)

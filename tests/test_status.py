@@ -109,8 +109,8 @@ def test_status_writes_nothing(world: TestData) -> None:
 
 
 KEYS = {
-    "now", "zone", "verdict", "warnings", "lastTickAt", "inFlight", "batches", "stoppedBatches", "finishedBatches", "idleBatches",
-    "unknownOutcomes", "limits", "devices", "failures",
+    "now", "zone", "verdict", "warnings", "lastTickAt", "inFlight", "batches", "stoppedBatches", "finishedBatches",
+    "idleBatches", "unknownOutcomes", "limits", "devices", "failures",
 }  # fmt: skip
 
 
