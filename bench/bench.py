@@ -27,6 +27,7 @@ GROUPS = {
     group.__name__: group
     for group in (
         http_rows.requests,
+        http_rows.peek,
         http_rows.lock,
         http_rows.queue_history,
         http_rows.prepared,

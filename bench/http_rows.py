@@ -9,7 +9,7 @@ import json
 import statistics
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import product
 from environment import BODY, CONSTANT, PRODUCT, STARLETTE, Bench, Database, Server, wait_until
@@ -17,6 +17,7 @@ from load import Connection, paced, request
 from peers import ENQUEUE, PENDING, RESULT
 from table import Row, Target, compared, medians, milliseconds
 
+COLLECT = "/client/imessage/send-queue/{id}/collect"
 # The endpoints, and the target: the ratio to the rate of a constant response. `enqueue` and `result` wait for the disk.
 BESIDE_CONSTANT = {"empty poll": 0.5, "poll of 10": 0.4, "enqueue": 0.2, "result": 0.2}
 ENDPOINTS = tuple(BESIDE_CONSTANT)
@@ -24,6 +25,7 @@ CONNECTIONS = (1, 16, 64)
 MANY = 16  # connections of a measurement that has only one number of them
 # Requests prepared for each second of a measurement. No contender reaches this rate. A result can be sent only once.
 FASTEST = 12_000
+POLLS = 3_000  # the same for polls that collect, which need ten rows each
 DEVICES = 50  # each polls once a second
 CLIENTS = 40  # clients that poll while another one waits for a lock
 CLIENT_INTERVAL = 0.2  # seconds
@@ -59,11 +61,16 @@ def result_request(token: str, row_id: str) -> bytes:
 
 
 def rate(bench: Bench, server: Server, database: Database, endpoint: str, connections: int) -> float:
-    """Return the requests per second of one measurement. Raises RuntimeError if a response is not a 200."""
+    """Return the requests per second of one measurement of an endpoint."""
     messages = requests_for(endpoint, database, int(FASTEST * bench.size.seconds))
+    return rate_of(bench, server, messages, connections)
+
+
+def rate_of(bench: Bench, server: Server, messages: list[bytes], connections: int = MANY) -> float:
+    """Return the responses per second to these requests. Raises RuntimeError if one is not a 200."""
     sample = bench.load.run(server.port, messages, connections, bench.size.seconds)
     if sample.errors:
-        raise RuntimeError(f"{sample.errors} responses to {endpoint} were not 200")
+        raise RuntimeError(f"{sample.errors} responses were not 200, such as to {messages[0][:80]!r}")
     return sample.rate
 
 
@@ -93,6 +100,66 @@ def requests(bench: Bench) -> Iterator[Row]:
                 # With two processes on two cores, PostgreSQL takes CPU time from the product, not from the constant.
                 bound = Target(at_least=BESIDE_CONSTANT[endpoint] / processes)
                 yield compared(what, "a constant response", ours, constant, bound)
+
+
+def peek(bench: Bench) -> Iterator[Row]:
+    """Compare a peek, and a collect, with the specification's poll, which collects what it returns."""
+    database = bench.database("peek")
+    with bench.server(PRODUCT, database.url) as server:
+        measure: list[Callable[[], float]] = [
+            lambda: rate_of(bench, server, [peek_request(database)]),
+            lambda: rate_of(bench, server, collect_requests(bench, database)),
+            lambda: rate_of(bench, server, first_polls(bench, database)),
+            functools.partial(rate, bench, server, database, "poll of 10", MANY),
+        ]
+        peeks, collects, polls, repeated_polls = medians(bench.size.rounds, measure)
+    yield compared("peek of 10 messages", "a poll that collects 10", [peeks], [polls], Target(at_least=1))
+    yield compared("peek of 10 messages", "a repeated poll of 10", [peeks], [repeated_polls], Target(at_least=0.9))
+    yield compared("collect of 1 message", "a poll that collects 10", [collects], [polls], Target(at_least=0.9))
+
+
+def uncollected(database: Database, devices: list[str], count: int) -> list[str]:
+    """Insert `count` rows for each device, as the server makes them; return their ids."""
+    sql = """
+        INSERT INTO icloud.send_queue (device_id, to_handle, body, batch_item_id, handle_key, drafted_at)
+        SELECT device::uuid, '+14155550123', %(body)s, gen_random_uuid(), '+14155550123', now()
+          FROM unnest(%(devices)s) AS device, generate_series(1, %(count)s)
+        RETURNING id
+    """
+    return [row_id for (row_id,) in database.run(sql, devices=devices, body=BODY, count=count)]
+
+
+def peek_request(database: Database) -> bytes:
+    """Return a peek of a device with ten rows, which stay as they are."""
+    device = database.device("peek")
+    if not database.run("SELECT 1 FROM icloud.send_queue WHERE device_id = %(device)s LIMIT 1", device=device):
+        uncollected(database, [device], 10)
+    return request("GET", f"{PENDING}?peek=true", "peek")
+
+
+def collect_requests(bench: Bench, database: Database) -> list[bytes]:
+    """Return a collect for each of many new rows of one device."""
+    device = database.device("collect")
+    return [
+        request(
+            "POST",
+            COLLECT.format(id=row_id),
+            "collect",
+            json.dumps({"collectId": str(uuid.uuid4()), "instance": "one"}).encode(),
+        )
+        for row_id in uncollected(database, [device], int(FASTEST * bench.size.seconds))
+    ]
+
+
+def first_polls(bench: Bench, database: Database) -> list[bytes]:
+    """Return the first polls of many new devices, each of which has ten rows."""
+    sql = """
+        INSERT INTO icloud.devices (name, token) SELECT 'new', token FROM unnest(%(digests)s) AS token RETURNING id
+    """
+    tokens = [str(uuid.uuid4()) for _ in range(int(POLLS * bench.size.seconds))]
+    devices = database.run(sql, digests=[product.hash_token(token) for token in tokens])
+    uncollected(database, [device for (device,) in devices], 10)
+    return [request("GET", PENDING, token) for token in tokens]
 
 
 def lock(bench: Bench) -> Iterator[Row]:

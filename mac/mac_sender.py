@@ -1712,7 +1712,14 @@ class Sender:
             self.journal.forget_old(now)
 
     def report_replies(self) -> None:
-        """Have the server accept each reply. Nothing is polled before that."""
+        """Have the server accept each reply. Nothing is polled before that.
+
+        Before a new one raises the server's count, see whether the count is lower than it was.
+        """
+        if self.journal.unreported_replies() and self.journal.meta("opt_outs") not in (None, "0"):
+            count = self.server.peek().data.get("optOuts")
+            if type(count) is int:
+                self.has_forgotten(count)
         for handle, received_at, word in self.journal.unreported_replies():
             response = self.server.opt_out(handle, received_at, word)
             if response.status == 404:  # no such endpoint

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ import fake_messages
 
 ROOT = Path(__file__).parent.parent
 SENDER = ROOT / "mac/mac_sender.py"
-DOOMED = ROOT / "tests/doomed_sender.py"
+DOOMED = ROOT / "tools/doomed_sender.py"
 TOKEN = "device-token-0123456789"
 CONSTANTS = {
     "NO_ROW_SECONDS": 2, "SETTLE_SECONDS": 1.5, "BACK_OFF_SECONDS": [0.05, 0.4], "KILL_SECONDS": 6, "PROBE_SECONDS": 1,
@@ -113,6 +114,7 @@ class Usage(NamedTuple):
     """What Linux says of a process."""
 
     rss: int  # bytes
+    peak: int  # bytes, the highest that `rss` has been
     cpu: float  # seconds of its own
     programs: float  # seconds of the programs that it ran
 
@@ -121,7 +123,9 @@ def usage(pid: int) -> Usage:
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     user, system, child_user, child_system = (int(field) / os.sysconf("SC_CLK_TCK") for field in fields[11:15])
-    return Usage(pages * os.sysconf("SC_PAGE_SIZE"), user + system, child_user + child_system)
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert peak
+    return Usage(pages * os.sysconf("SC_PAGE_SIZE"), int(peak[1]) * 1024, user + system, child_user + child_system)
 
 
 def until(look: Callable[[], Any], seconds: float = 60) -> Any:

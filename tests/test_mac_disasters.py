@@ -77,6 +77,17 @@ def test_a_restored_server_gets_the_result_again_and_nothing_is_sent_again(
     assert truth(world) == []
 
 
+def test_a_stop_that_comes_while_the_server_is_restored_hides_no_older_one(world: World) -> None:
+    """The new one makes the server's count as high as before."""
+    saved = backup(world)
+    world.messages.receive(HANDLE, "STOP")
+    world.run(60)
+    restore(world, saved)
+    world.messages.receive("+14155550177", "STOP")
+    world.run(60)
+    assert world.server.opted_out == {HANDLE, "+14155550177"}
+
+
 def test_a_restored_server_that_enqueues_the_item_anew_gets_the_result(world: World) -> None:
     """Only the platform's database was restored: the item comes again, in a new row."""
     row = world.send("Hello")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -111,7 +113,7 @@ def test_everything_is_killed_at_random_for_minutes(tmp_path: Path) -> None:
 
 
 def test_it_needs_little_memory_and_less_time(tmp_path: Path) -> None:
-    """Idle for ten polls. `pytest -m faults` measures a minute."""
+    """Idle for ten polls. `pytest -m mac_faults` measures a minute."""
     with Machine(tmp_path, poll_seconds=0.5) as machine:
         pid = machine.start(script=SENDER).pid
         until(lambda: sum("peek" in what for what in machine.server.requests) >= 2)
@@ -124,14 +126,21 @@ def test_it_needs_little_memory_and_less_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.mac_faults
-def test_an_idle_minute(tmp_path: Path) -> None:
+def test_an_idle_sender_needs_little(tmp_path: Path) -> None:
+    """A minute, or as long as IDLE_SECONDS says: docs/mac.md quotes ten minutes."""
+    seconds = float(os.environ.get("IDLE_SECONDS", "60"))
     with Machine(tmp_path, poll_seconds=10) as machine:
         pid = machine.start(script=SENDER).pid
         until(lambda: any("peek" in what for what in machine.server.requests))
         before, began = usage(pid), time.monotonic()
-        until(lambda: time.monotonic() - began > 60, 200)
+        polls = len(machine.server.requests)
+        until(lambda: time.monotonic() - began > seconds, seconds + 60)
         after = usage(pid)
-        cpu, programs = (after.cpu - before.cpu) / 60, (after.programs - before.programs) / 60
-        print(f"cpu {cpu:.3%}, programs {programs:.3%}, rss {after.rss / 2**20:.1f} MiB")  # noqa: T201  # for the page
-        assert after.rss < 30 * 1024 * 1024
+        polls = len(machine.server.requests) - polls
+        cpu, programs = (after.cpu - before.cpu) / seconds, (after.programs - before.programs) / seconds
+        sys.stdout.write(
+            f"\nidle for {seconds:.0f} s, {polls} requests: {after.rss / 10**6:.1f} MB, at most"
+            f" {after.peak / 10**6:.1f} MB; {cpu:.3%} of a core, and {programs:.3%} for the stand-ins that it runs\n"
+        )
+        assert after.peak < 30 * 10**6
         assert cpu < 0.005

@@ -18,15 +18,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import plistlib
 import re
 import signal
 import sqlite3
-import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -81,12 +79,12 @@ BOOK = """
 # --- acts: what becomes of a message ------------------------------------------------------------------
 
 
-def sent(after: float = 0.3, delivered: float | None = 2.0, **row: Any) -> Act:
-    """A row, sent half a second later, and delivered. `row`: see `Messages.insert`."""
-    steps: list[list[Any]] = [[after + 0.5, {"is_sent": 1, "is_finished": 1}]]
+def sent(after: float = 0.3, delivered: float | None = 2.0, leaves: float = 0.5, **row: Any) -> Act:
+    """A row, sent `leaves` seconds later, and delivered so long after that. `row`: see `Messages.insert`."""
+    steps: list[list[Any]] = [[after + leaves, {"is_sent": 1, "is_finished": 1}]]
     if delivered is not None:
-        steps.append([after + 0.5 + delivered, {"is_delivered": 1}])
-    return {"rows": [{"after": after, "steps": steps, "leaves": after + 0.5, **row}]}
+        steps.append([after + leaves + delivered, {"is_delivered": 1}])
+    return {"rows": [{"after": after, "steps": steps, "leaves": after + leaves, **row}]}
 
 
 def fails(number: int, after: float = 0.3, error_after: float = 2.0, **row: Any) -> Act:
@@ -172,10 +170,16 @@ def encode_body(text: str, mutable: bool = False) -> bytes:
 
 
 class Clock:
-    """The host's time. A test has one of its own, with a Mac that sleeps."""
+    """The host's time. A test has one of its own, with a Mac that sleeps.
+
+    For processes, the file `slept` of the directory says how many seconds the time of day is ahead of the host's.
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self.slept = directory / "slept" if directory else None
 
     def now(self) -> float:
-        return time.time()
+        return time.time() + (float(self.slept.read_text()) if self.slept and self.slept.exists() else 0)
 
     def awake(self) -> float:
         return time.time()
@@ -189,7 +193,7 @@ class Messages:
 
     def __init__(self, directory: Path, clock: Clock | None = None) -> None:
         self.directory = directory
-        self.clock = clock or Clock()
+        self.clock = clock or Clock(directory)
         self.kill_at: float | None = None  # when osascript is killed, if it runs in the test's own process
         self.chat_path = directory / "chat.db"
         self.chat = self._open(self.chat_path)
@@ -604,10 +608,10 @@ def make_mac(directory: Path, version: str = "26.1", python: str = sys.executabl
     for name, file in (("ioreg", "ioreg"), ("pmset", "pmset"), ("sw_vers", "version"), ("permission", "permission")):
         make_program(directory / name, f"exec cat '{directory}/{file}.txt'")
     make_program(directory / "caffeinate", f"echo \"$@\" >> '{directory}/caffeinate.log'")
+    # An import, because Python keeps no compiled form of a file that it runs.
+    source = f"import sys; sys.path.insert(0, '{Path(__file__).resolve().parent}'); import fake_messages as f; f.main()"
     for name in ("osascript", "launchctl"):
-        make_program(
-            directory / name, f"exec '{python}' -I -S '{Path(__file__).resolve()}' {name} '{directory}' \"$@\""
-        )
+        make_program(directory / name, f"exec '{python}' -I -S -c \"{source}\" {name} '{directory}' \"$@\"")
     programs = {name: str(directory / name) for name in PROGRAMS}
     return {**programs, "chat_db": str(directory / "chat.db"), "console": str(directory / "console")}
 
@@ -638,6 +642,9 @@ def run_osascript(directory: Path, arguments: list[str]) -> NoReturn:
 
 def launchctl(directory: Path, arguments: list[str]) -> int:
     """Start and end an agent as launchd does, without starting it again."""
+    import plistlib  # only here: each osascript would take a third longer to start
+    import subprocess
+
     with (directory / "launchctl.log").open("a") as log:
         log.write(" ".join(arguments) + "\n")
     pid_file = directory / "agent.pid"
@@ -667,16 +674,6 @@ def app(directory: Path) -> None:
     while True:
         messages.advance()
         time.sleep(0.01)
-
-
-@contextlib.contextmanager
-def running_app(directory: Path) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen([sys.executable, __file__, "app", str(directory)])
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""Run a primary PostgreSQL and its synchronous standby, each on a free port of 127.0.0.1.
+"""Run a primary PostgreSQL and its standby, synchronous or not, each on a free port of 127.0.0.1.
 
-Used by test_failover.py. The programs come from the embedded PostgreSQL's wheel. Example:
+Used by test_failover.py and test_disasters.py. The programs come from the embedded PostgreSQL's wheel. Example:
 
     with replicated_postgres() as postgres: postgres.primary.kill(); postgres.standby.promote()
 """
@@ -66,9 +66,13 @@ class Node:
 
 
 class ReplicatedPostgres:
-    """Run a primary and a standby. The primary confirms a commit only after the standby has it."""
+    """Run a primary and a standby.
 
-    def __init__(self, directory: Path) -> None:
+    If it `is_synchronous`, the primary confirms a commit only after the standby has it.
+    """
+
+    def __init__(self, directory: Path, is_synchronous: bool = True) -> None:
+        self.is_synchronous = is_synchronous
         os.environ["LC_ALL"] = "C"  # initdb fails if this host does not have the locale of the environment
         for name in ("primary", "standby"):
             (directory / name).mkdir(mode=0o700)
@@ -83,16 +87,24 @@ class ReplicatedPostgres:
         source = ("-d", self.primary.url)
         self.standby.program("pg_basebackup", *source, "-D", str(self.standby.directory), "-c", "fast", "-R")
         self.standby.start()
+        if not self.is_synchronous:
+            wait_until(lambda: self.primary.run("SELECT 1 FROM pg_stat_replication WHERE state = 'streaming'"))
+            return
         # After the copy. If the setting were copied, a promoted standby would wait for another standby.
         self.primary.run("ALTER SYSTEM SET synchronous_standby_names = '*'")
         self.primary.run("SELECT pg_reload_conf()")
         wait_until(lambda: self.primary.run("SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"))
 
     def cut_replication(self) -> None:
-        """Stop replication to the standby; return when a commit on the primary waits for it."""
+        """Stop replication to the standby; return when it has stopped.
+
+        If it is synchronous, a commit on the primary waits for it then; else the standby lacks all that comes after.
+        """
+        stopped = "SELECT 1 WHERE NOT EXISTS (SELECT FROM pg_stat_replication)"
+        waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
         self.standby.run("ALTER SYSTEM SET primary_conninfo = ''")
         self.standby.run("SELECT pg_reload_conf()")
-        wait_until(lambda: self.primary.run("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"))
+        wait_until(lambda: self.primary.run(waiting if self.is_synchronous else stopped))
 
     def url(self, database: str) -> str:
         """Return the URL that connects to the server that accepts writes."""
@@ -106,13 +118,13 @@ class ReplicatedPostgres:
 
 
 @contextlib.contextmanager
-def replicated_postgres() -> Iterator[ReplicatedPostgres]:
+def replicated_postgres(is_synchronous: bool = True) -> Iterator[ReplicatedPostgres]:
     """Run both servers in a directory that is deleted afterwards.
 
     Not in pytest's directory: if root runs the tests, the user of PostgreSQL has no access to it.
     """
     with tempfile.TemporaryDirectory(prefix="replicated-", ignore_cleanup_errors=True) as directory:
-        postgres = ReplicatedPostgres(Path(directory))
+        postgres = ReplicatedPostgres(Path(directory), is_synchronous)
         try:
             postgres.start()
             yield postgres
