@@ -6,7 +6,7 @@ BIN := .venv/bin
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: .venv/embedded  ## send three batches from PostgreSQL to a simulated Mac, in under a minute
+demo: .venv/embedded  ## import people and send three batches over a stand-in for Messages, in under a minute
 	@$(BIN)/python demo/demo.py
 
 run: .venv/embedded  ## run the server and the dispatcher over the embedded PostgreSQL in ./pgdata, until Ctrl-C
@@ -23,17 +23,20 @@ faults: .venv/faults  ## kill each process at each step, fail over to a standby,
 	    { echo 'replay: make faults SEED=$(SEED)'; exit 1; }
 
 mac-test: .venv/test  ## run the tests of the sender on the Mac
-	PYTHONHASHSEED=0 $(BIN)/python -m pytest -m 'mac and not mac_faults' -n 3
+	PYTHONHASHSEED=0 $(BIN)/python -m pytest -m 'mac and not (mac_faults or faults)' -n 3
 
 mac-faults: .venv/test  ## kill the sender on the Mac, Messages and osascript at each step, in a quarter of an hour
 	$(BIN)/python -m pytest -m mac_faults -n 3
 
 SECONDS ?= 3600
 soak: .venv/faults  ## inject random faults for an hour; `make soak SEED=7 SECONDS=1` replays the round of seed 7
-	@PYTHONPATH=. $(BIN)/python tools/chaos.py --seconds $(SECONDS) --seed $(SEED)
+	@PYTHONPATH=.:mac $(BIN)/python tools/chaos.py --seconds $(SECONDS) --seed $(SEED)
 
 bench: .venv/bench  ## compare the product with its peers and its limits, in less than 8 minutes on two cores
 	@$(BIN)/python bench/bench.py
+
+bench-test: .venv/test  ## run each measurement of the benchmark once, in a small size
+	$(BIN)/python -m pytest -m bench -n 2
 
 lint: .venv/lint  ## check formatting, lints and types
 	$(BIN)/ruff format --check
@@ -47,4 +50,4 @@ lint: .venv/lint  ## check formatting, lints and types
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
-.PHONY: help demo run test faults mac-test mac-faults soak bench lint
+.PHONY: help demo run test faults mac-test mac-faults soak bench bench-test lint

@@ -1,8 +1,8 @@
-"""Demonstrate the product with real processes: PostgreSQL, the server, the dispatcher and a simulated Mac.
+"""Demonstrate the product with real processes: PostgreSQL, the scripts, and the sender over a stand-in for Messages.
 
-`make demo` sends three batches of invented messages and compares the database with the simulated Mac's log. `make run`
-(`--run`) runs the server and the dispatcher, for trying the API with curl. `make demo` has a PostgreSQL in a temporary
-directory, `make run` in ./pgdata. Example:
+`make demo` imports a CSV file, drafts and sends three batches, and compares the database with what left the Mac. `make
+run` (`--run`) runs the server and the dispatcher, for trying the API with curl. `make demo` has a PostgreSQL in a
+temporary directory, `make run` in ./pgdata. Example:
 
     python demo/demo.py --clients 12
 """
@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -31,7 +32,8 @@ import psycopg2
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import simulated_mac
+import fake_messages
+import proxy
 
 import db
 import runtime
@@ -39,8 +41,12 @@ import runtime
 ROOT = Path(__file__).parent.parent
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TIME_LIMIT = 120  # seconds; MOST_CLIENTS take a fraction of this on two slow cores
-MOST_CLIENTS = 100
-BATCHES = ("Spring opening hours", "Thank you for 2026", "Your next appointment")
+MOST_CLIENTS = 60
+PEOPLE = ROOT / "demo" / "people.csv"
+REGION = "GB"  # of the numbers without + in that file
+# A batch for the people of each city.
+BATCHES = {"Spring opening hours": "London", "Thank you for 2026": "Cardiff", "Your next appointment": "Brighton"}
+TEXT = "Hi {{ client.first_name }}, this is Ana from Blue Salon. {{ vars.news }} Reply STOP to opt out."
 STATUSES = ("pending", "queued", "sent", "failed", "skipped")
 ENDED = ("sent", "failed", "skipped")
 Progress = dict[str, Counter[str]]  # for each batch, how many of its items are in each status
@@ -124,10 +130,10 @@ class Children(list[Child]):
         return self[-1]
 
     def check(self) -> None:
-        """Restart the simulated Mac if it has crashed; exit if any other script has ended."""
+        """Restart the sender if it was killed, as launchd does; exit if any other script has ended."""
         for child in self:
             status = child.process.poll()
-            if status == simulated_mac.CRASH_STATUS:
+            if child.name == "sender" and status == -signal.SIGKILL:
                 with undisturbed():
                     child.start()
             elif status is not None:
@@ -162,16 +168,17 @@ def stop_postgres(pid_file: Path) -> None:
 
 def demo(clients: int) -> int:
     """Send the batches and compare the records; return 0 if they match."""
-    say("Starting PostgreSQL, the server, the dispatcher and a simulated Mac ...\n")
+    say("Starting PostgreSQL, the server, the dispatcher and the sender ...\n\n")
     with temporary_postgres() as (url, directory), contextlib.closing(db.connect(url)) as conn, Children() as children:
-        prepare(conn, clients)
         os.environ.update(
             QUINN_DB_URL=url,
             QUINN_ICLOUD_DB_URL=url,
             MAC_SYNC_SERVICE_TOKEN=DEVELOPMENT_TOKEN,
+            DEFAULT_REGION=REGION,
             LOG_LEVEL="INFO",  # port_of() reads the server's log
         )
-        _, device_token = db.add_device("simulated-mac")
+        prepare(conn)
+        _, device_token = db.add_device("mac-mini")
         server = children.launch(
             "server",
             directory / "server.log",
@@ -179,54 +186,108 @@ def demo(clients: int) -> int:
             SEND_QUEUE_HOST="127.0.0.1",
             SEND_QUEUE_PORT="0",
         )
-        base_url = f"http://127.0.0.1:{port_of(server)}"
+        port = port_of(server)
+        compose(clients)
         children.launch(
             "dispatcher",
             directory / "dispatcher.log",
             "dispatcher.py",
-            MAC_SYNC_BASE_URL=base_url,
+            MAC_SYNC_BASE_URL=f"http://127.0.0.1:{port}",
             DISPATCH_INTERVAL_SECONDS="1",
         )
-        mac_log = directory / "mac.log"
-        children.launch(
-            "simulated Mac",
-            directory / "mac-errors.log",
-            "tools/simulated_mac.py",
-            base_url,
-            str(mac_log),
-            "--mishaps",
-            DEVICE_TOKEN=device_token,
-        )
-        watch(conn, children)
-        return summary(conn, mac_log)
+        mishaps = Mishaps()
+        with contextlib.closing(proxy.Http(("127.0.0.1", port), mishaps.on_exchange)) as between:
+            messages = start_mac(children, directory / "mac", f"http://127.0.0.1:{between.port}", device_token)
+            with contextlib.closing(messages):
+                messages.receive(last_handle(conn, "Your next appointment"), "Stop.")
+                watch(conn, children, mishaps)
+                return summary(conn, messages, mishaps)
 
 
-def prepare(conn: Any, clients: int) -> None:
-    """Insert invented clients, the second of them without a handle, and an item for each in one of the batches."""
+def prepare(conn: Any) -> None:
+    """Let messages go as fast as the sender sends them, at any hour."""
     sql = """
-        WITH settings AS (
-            UPDATE outreach_settings
-               SET quiet_hours_start = NULL, quiet_hours_end = NULL, min_gap_seconds = 0,
-                   max_per_minute = NULL, max_per_hour = 500, max_per_day = 1000
-        ), client AS (
-            INSERT INTO clients (name) SELECT 'Client ' || number FROM generate_series(1, %(clients)s) AS number
-            RETURNING id, split_part(name, ' ', 2)::integer AS number
-        ), handle AS (
-            -- 555-0100 to 555-0199 are reserved for fiction.
-            INSERT INTO contact_relationships (client_id, handle, is_primary)
-            SELECT id, '+1201555' || to_char(100 + number %% 100, 'FM0000'), true
-              FROM client
-             WHERE number <> 2
-        ), batch AS (
-            INSERT INTO outreach_batches (template, status) SELECT unnest(%(batches)s), 'sending'
-            RETURNING id, template
-        )
-        INSERT INTO outreach_batch_items (batch_id, client_id, rendered_body)
-        SELECT batch.id, client.id, batch.template || ', dear client ' || number
-          FROM client
-          JOIN batch ON template = (%(batches)s)[number %% cardinality(%(batches)s) + 1]
+        UPDATE outreach_settings
+           SET quiet_hours_start = NULL, quiet_hours_end = NULL, min_gap_seconds = 0,
+               max_per_minute = NULL, max_per_hour = 500, max_per_day = 1000
     """
-    db.query(conn, sql, {"clients": clients, "batches": list(BATCHES)})
+    db.query(conn, sql)
+
+
+def compose(clients: int) -> None:
+    """Import the file, then draft and send a batch for some people of each city, by the owner's command line."""
+    say(f"$ python outreach.py import {PEOPLE.relative_to(ROOT)} --yes\n{outreach('import', str(PEOPLE), '--yes')}\n")
+    for number, (name, city) in enumerate(BATCHES.items()):
+        count = clients // len(BATCHES) + (number < clients % len(BATCHES))
+        query = {"v": 1, "where": {"all": [{"field": "city", "eq": city}]}, "limit": count}
+        news = ("--query", json.dumps(query), "--var", f"news={name}.")
+        made = json.loads(outreach("draft", "--name", name, *news, "--template", "-", "--json", text=TEXT))
+        outreach("send", made["id"], "--yes", "--recipients", str(made["items"]), "--digest", made["digest"])
+        say(f"Sending {name!r} to {made['items']} people in {city}; {made['matched'] - made['items']} left out.\n")
+    say("\n")
+
+
+def outreach(*arguments: str, text: str = "") -> str:
+    """Run a command of outreach.py; return what it prints, or exit with what it complains about."""
+    done = subprocess.run(
+        [sys.executable, "outreach.py", *arguments], cwd=ROOT, input=text, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"outreach.py {arguments[0]} failed: {done.stderr}")
+    return done.stdout
+
+
+def last_handle(conn: Any, batch: str) -> str:
+    """Return the handle of a batch's last person, who will answer STOP before their turn."""
+    sql = """
+        SELECT handle_key
+          FROM outreach_batch_items AS item JOIN outreach_batches AS batch ON batch.id = batch_id
+         WHERE batch.name = %(name)s
+         ORDER BY item.created_at DESC, item.id DESC
+         LIMIT 1
+    """
+    return str(db.query(conn, sql, {"name": batch})[0][0])
+
+
+def start_mac(children: Children, directory: Path, url: str, token: str) -> fake_messages.Messages:
+    """Start the stand-in for Messages and the sender; return the stand-in."""
+    home = directory / "home"
+    home.mkdir(parents=True)
+    programs = fake_messages.make_mac(directory)
+    config = {
+        **programs, "url": url, "token": token, "hardware_uuid": fake_messages.HARDWARE_UUID, "uid": os.getuid(),
+        "installed_at": time.time() - 60, "poll_seconds": 0.3, "pause_seconds": 0, "ceiling_per_hour": 1000,
+        "ceiling_per_day": 1000,
+    }  # fmt: skip
+    (home / "config.json").write_text(json.dumps(config))
+    messages = fake_messages.Messages(directory)
+    messages.expect(fake_messages.sent(after=0.05), times=None)
+    children.launch("stand-in for Messages", directory / "app.log", "tools/fake_messages.py", "app", str(directory))
+    children.launch("sender", directory / "sender.log", "mac/mac_sender.py", "--home", str(home), "run")
+    return messages
+
+
+class Mishaps:
+    """Kill the sender twice on its way, and lose some of the server's responses to it."""
+
+    def __init__(self) -> None:
+        self.exchanges = self.lost = self.killed = 0
+
+    def on_exchange(self, moment: proxy.Moment, what: str) -> bool:
+        """Return False to lose the response: every seventh one to a collect or a result."""
+        if moment == "after" and what.endswith(("/collect", "/result")):
+            self.exchanges += 1
+            if self.exchanges % 7 == 0:
+                self.lost += 1
+                return False
+        return True
+
+    def kill_sometimes(self, sender: Child, share: float) -> None:
+        """Kill the sender, which may be sending, when a third and when two thirds of the items have ended."""
+        if share > (self.killed + 1) / 3 and self.killed < 2:
+            self.killed += 1
+            sender.process.kill()
+            sender.process.wait()
 
 
 def port_of(server: Child) -> int:
@@ -241,15 +302,18 @@ def port_of(server: Child) -> int:
     return int(match[1])
 
 
-def watch(conn: Any, children: Children) -> None:
-    """Show the progress until every item has ended."""
+def watch(conn: Any, children: Children, mishaps: Mishaps) -> None:
+    """Show the progress until every item has ended. The sender is the last of the children."""
     show = Bars() if sys.stdout.isatty() and os.environ.get("TERM") != "dumb" else Lines()
     end = time.monotonic() + TIME_LIMIT
     while True:
         now = progress(conn)
         show.update(now)
-        if all(sum(count[status] for status in ENDED) == count.total() for count in now.values()):
+        total = sum(now.values(), Counter())
+        ended = sum(total[status] for status in ENDED)
+        if ended == total.total():
             return
+        mishaps.kill_sometimes(children[-1], ended / total.total())
         children.check()
         if time.monotonic() > end:
             children[1].give_up(f"did not finish every item within {TIME_LIMIT} seconds")
@@ -258,7 +322,7 @@ def watch(conn: Any, children: Children) -> None:
 
 def progress(conn: Any) -> Progress:
     sql = """
-        SELECT template, item.status, count(*)
+        SELECT batch.name, item.status, count(*)
           FROM outreach_batches AS batch JOIN outreach_batch_items AS item ON item.batch_id = batch.id
          GROUP BY 1, 2
     """
@@ -310,25 +374,26 @@ class Lines:
             self.last, self.next = line, time.monotonic() + 2
 
 
-def summary(conn: Any, mac_log: Path) -> int:
-    """Compare the database with the simulated Mac's log; return 0 if the records match."""
+def summary(conn: Any, messages: fake_messages.Messages, mishaps: Mishaps) -> int:
+    """Compare the database with what left the Mac; return 0 if the records match."""
+    sql = """
+        SELECT handle_key, rendered_body, status, outcome_unknown_at IS NOT NULL FROM outreach_batch_items
+    """
     items = sum(progress(conn).values(), Counter())
-    sends = [(send.outcome, send.queue_id) for send in simulated_mac.sends(mac_log)]
-    logged = Counter(line[0] for line in simulated_mac.lines(mac_log))
-    twice = len(sends) - len({queue_id for _, queue_id in sends})
+    left = Counter(messages.left())
+    rows = db.query(conn, sql)
+    twice = sum(count - 1 for count in left.values())
     lost = items.total() - sum(items[status] for status in ENDED)
-    rows = db.query(conn, "SELECT status, id FROM icloud.send_queue")
-    do_match = sorted(rows) == sorted(sends) and all(
-        items[outcome] == logged[outcome] for outcome in ("sent", "failed")
+    unknown = sum(is_unknown for *_, is_unknown in rows)
+    do_match = set(left) <= {(handle, body) for handle, body, *_ in rows} and all(
+        is_unknown or (status == "sent") == ((handle, body) in left) for handle, body, status, is_unknown in rows
     )
     say(f"""
-{items.total()} items = {items["sent"]} sent + {items["failed"]} failed + {items["skipped"]} skipped (no handle)
-The simulated Mac's log says {logged["sent"]} sent, {logged["failed"]} failed.
+{items.total()} items = {items["sent"]} sent + {items["failed"]} failed + {items["skipped"]} skipped (replied STOP)
+{left.total()} messages left the Mac. Of unknown outcome: {unknown}.
 Sent twice: {twice}. Lost: {lost}. The records {"match" if do_match else "DO NOT MATCH"}.
 
-On the way: crashes of the Mac between a send and its report: {logged["crashed"]};
-reports or their responses lost: {logged["lost"]};
-messages that the Mac then got again, and did not send again: {logged["again"]}.
+On the way: the sender was killed {mishaps.killed} times; {mishaps.lost} of the server's responses to it were lost.
 
 Read on in README.md. To try curl and psql, run `make run` and follow docs/api.md.
 """)
@@ -431,21 +496,21 @@ def say(text: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Send batches to a simulated Mac; exit 0 if its log matches the database.",
+        description="Send batches of invented people by a stand-in for Messages; exit 0 if its records match.",
         epilog="environment, with --run only: the variables of the server and the dispatcher. "
         "examples: python demo/demo.py --clients 12; SEND_QUEUE_PORT=8080 python demo/demo.py --run",
     )
     parser.add_argument(
         "--clients",
         type=int,
-        default=45,
+        default=12,
         metavar="N",
-        help=f"number of invented clients, 2 to {MOST_CLIENTS}; default %(default)s",
+        help=f"number of people to write to, 3 to {MOST_CLIENTS}; default %(default)s",
     )
     parser.add_argument("--run", action="store_true", help="only run the server and the dispatcher, until Ctrl-C")
     arguments = parser.parse_args()
-    if not 2 <= arguments.clients <= MOST_CLIENTS:
-        parser.error(f"--clients is {arguments.clients}: choose 2 to {MOST_CLIENTS}")
+    if not 3 <= arguments.clients <= MOST_CLIENTS:
+        parser.error(f"--clients is {arguments.clients}: choose 3 to {MOST_CLIENTS}")
     for number in STOP_SIGNALS:
         signal.signal(number, stop)
     try:

@@ -10,6 +10,7 @@ from testing import ROOT
 
 # Groups, and the rows that each has.
 GROUPS = {
+    "peek": 3,
     "lock": 1,
     "queue_history": 5,
     "prepared": 1,
@@ -18,9 +19,15 @@ GROUPS = {
     "item_history": 2,
     "bulk": 3,
     "memory": 3,
+    "search": 1,
+    "draft": 3,
+    "import_file": 1,
 }
 GROUPS_WITH_PEERS = {"requests": 16, "message": 6}
 PEERS = ("asyncpg", "httptools", "pgqueuer", "procrastinate", "starlette", "uvicorn", "uvloop")
+
+
+pytestmark = pytest.mark.bench
 
 
 def run_bench(table: Path, groups: dict[str, int]) -> list[str]:

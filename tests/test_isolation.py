@@ -52,7 +52,13 @@ def seen(clone: Clone) -> list[Any]:
         return [
             *(db.query(clone.conn, f"TABLE {table}") for table in ("clients", "outreach_settings")),
             *(db.query(session, "SHOW work_mem") for session in (clone.conn, new_session)),
-            *(db.query(clone.conn, f"SELECT c::text FROM pg_{name} AS c ORDER BY 1") for name in CATALOGUES),
+            # The namespaces of temporary tables stay, for the next session that needs one.
+            *(
+                db.query(
+                    clone.conn, f"SELECT c::text FROM pg_{name} AS c WHERE c::text !~ 'pg_(toast_)?temp_' ORDER BY 1"
+                )
+                for name in CATALOGUES
+            ),
             db.query(clone.conn, "SELECT relname, relpages, reltuples FROM pg_class ORDER BY oid"),
             db.query(clone.conn, "SELECT tablename FROM pg_stats ORDER BY tablename"),
             db.query(clone.conn, advisory_locks),

@@ -26,6 +26,11 @@ RULES = {
     "composing",
     "recipients",
     "settings",
+    "zones",
+    "quiet_times",
+    "contacts",
+    "opt_outs",
+    "personal_data",
 }
 FOUNDATION = {"serving", "db", "runtime"}
 OURS = SCRIPTS | RULES | FOUNDATION
