@@ -16,6 +16,9 @@ run: .venv/embedded  ## run the server and the dispatcher over the embedded Post
 test: .venv/test  ## run the tests
 	PYTHONHASHSEED=0 $(BIN)/python -m pytest -n 3
 
+owner-test: .venv/test  ## run the tests of composing, importing, the owner's API and command line
+	PYTHONHASHSEED=0 $(BIN)/python -m pytest -m 'owner and not faults' -n 3
+
 # A different seed at each run, unless you set SEED.
 SEED := $(or $(SEED),$(shell date +%s))
 faults: .venv/faults  ## kill each process at each step, fail over to a standby, inject random faults, in about 5 minutes
@@ -50,4 +53,4 @@ lint: .venv/lint  ## check formatting, lints and types
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
-.PHONY: help demo run test faults mac-test mac-faults soak bench bench-test lint
+.PHONY: help demo run test owner-test faults mac-test mac-faults soak bench bench-test lint

@@ -90,6 +90,21 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TEST_DATABASE_URL"] = stack.enter_context(fast_postgres())
 
 
+# The files that `make owner-test` runs.
+OWNER_TESTS = {
+    "alert", "audience", "composing", "composing_whole", "importing", "openapi_owner", "outreach", "outreach_server",
+    "owner_opt_outs", "personal_data", "quiet_times", "screens", "settings", "templates", "unusual", "zones",
+}  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of what the owner uses: together with all others they would take longer than two minutes."""
+    for item in items:
+        if item.path.stem.removeprefix("test_") in OWNER_TESTS:
+            item.add_marker("owner")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Give each worker of `pytest -n` the same tests, in the same order, every day.
