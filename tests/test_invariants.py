@@ -27,7 +27,6 @@ from helpers import (
 )
 from testing import SERVICE_TOKEN, DeviceClient, Script, TestData, wait_until
 
-import batches
 import composing
 import db
 import dispatcher
