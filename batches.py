@@ -159,16 +159,18 @@ def resume(quinn: Connection, batch_id: str) -> Changed:
         UPDATE outreach_batches
            SET status = 'sending', resumed_at = now(), pause_reason = NULL, updated_at = now(),
                first_n = CASE WHEN pause_reason LIKE 'the first %%' THEN NULL ELSE first_n END
-         WHERE id = %(id)s AND status = 'paused'
+         WHERE id = %(id)s AND status = 'paused' AND pause_reason IS DISTINCT FROM %(lapsed)s
            AND (digest IS NULL
                 OR approved_at + COALESCE((SELECT approval_days FROM outreach_settings WHERE id = 1), 36500)
                                  * interval '1 day' > now())
         RETURNING status
     """
-    if not db.query(quinn, sql, {"id": batch_id}):
+    if not db.query(quinn, sql, {"id": batch_id, "lapsed": LAPSED}):
         status = _status(quinn, batch_id)
         if status == "paused":
-            raise Refused(409, f"{LAPSED}: look at the batch again, and send it again with its digest")
+            raise Refused(
+                409, "its approval has lapsed, or there is none: look at the batch again, and send it with its digest"
+            )
         if status != "sending":
             raise Refused(409, f"the batch is {status}: only a paused batch can be resumed{START.get(status, '')}")
     return Changed("sending", 0, 0)

@@ -17,7 +17,7 @@ import json
 import secrets
 import uuid
 from collections.abc import Iterable, Iterator
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 import msgspec
@@ -350,6 +350,8 @@ def people_left_out(
                 is_after = is_after or each.person.client_id == after
                 if len(people) > limit:
                     return Page(people[:limit], people[limit - 1].client_id)
+    if not is_after:
+        raise Refused(400, "`after` names nobody who is left out for this reason now: begin with the first page")
     return Page(people, None)
 
 
@@ -664,18 +666,23 @@ def send_test(quinn: Connection, icloud: Connection, batch_id: str, to: str) -> 
 
 
 def send(quinn: Connection, batch_id: str, digest: str, recipients: int, first_n: int | None = None) -> Sent:
-    """draft -> sending, or a batch whose approval has lapsed: paused -> sending. The same call again is harmless.
+    """Approve a batch: draft -> sending; also one that was never approved, or whose approval has lapsed.
 
     The owner names the digest and the number of recipients that they have seen. Raises Refused if the batch has others.
+    The same call again is harmless.
     """
     sql = """
         UPDATE outreach_batches AS batch
            SET status = 'sending', approved_at = now(), resumed_at = now(), pause_reason = NULL,
-               first_n = COALESCE(%(first_n)s, CASE status WHEN 'draft' THEN first_n END), updated_at = now()
+               first_n = COALESCE(%(first_n)s, CASE WHEN approved_at IS NULL THEN first_n END), updated_at = now()
          WHERE id = %(id)s AND digest = %(digest)s
+           AND COALESCE(send_until > now(), true)
            AND (status = 'draft'
-                OR (status = 'paused' AND approved_at + (SELECT approval_days FROM outreach_settings WHERE id = 1)
-                                                        * interval '1 day' <= now()))
+                OR (status IN ('sending', 'paused')
+                    AND (approved_at IS NULL
+                         OR pause_reason = %(lapsed)s
+                         OR approved_at + (SELECT approval_days FROM outreach_settings WHERE id = 1)
+                                          * interval '1 day' <= now())))
            AND (SELECT count(*) FROM outreach_batch_items WHERE batch_id = batch.id AND status = 'pending')
                = %(recipients)s
         RETURNING status
@@ -687,21 +694,36 @@ def send(quinn: Connection, batch_id: str, digest: str, recipients: int, first_n
         )
     if before.digest != digest:
         raise Refused(409, f"this is not the batch that you have seen: its digest is {before.digest}, not {digest}")
-    if before.approved_at and before.status in ("sending", "sent"):
-        return Sent(batch_id, before.status, recipients)
+    if before.approved_at and before.status == "sent":
+        return Sent(batch_id, "sent", recipients)
     if read_digest(quinn, batch_id) != digest:
         raise Refused(409, "its messages were changed since the draft: make a new draft, and look at it")
-    parameters = {"id": batch_id, "digest": digest, "recipients": recipients, "first_n": first_n}
-    if db.query(quinn, sql, parameters):
-        return Sent(batch_id, "sending", recipients)
-    now = show(quinn, batch_id)
-    if now.status == "sending":
-        return Sent(batch_id, "sending", recipients)
-    if now.counts.pending != recipients:
-        found = "1 recipient" if now.counts.pending == 1 else f"{now.counts.pending} recipients"
+    parameters = {
+        "id": batch_id, "digest": digest, "recipients": recipients, "first_n": first_n, "lapsed": batches.LAPSED,
+    }  # fmt: skip
+    if not db.query(quinn, sql, parameters):
+        _check_repeated(show(quinn, batch_id), recipients, first_n)
+    return Sent(batch_id, "sending", recipients)
+
+
+def _check_repeated(batch: BatchDetail, recipients: int, first_n: int | None) -> None:
+    """Raise Refused unless a batch is being sent already as this approval asks."""
+    if batch.send_until and batch.send_until <= datetime.now(UTC):
+        raise Refused(409, f"it could be sent until {batch.send_until:%Y-%m-%d %H:%M %Z}: make a new draft")
+    counts = batch.counts
+    # What was sent since the approval is no longer pending.
+    total = counts.pending + counts.queued + counts.sent + counts.failed + counts.skipped
+    is_sending = batch.status == "sending" and batch.approved_at is not None
+    most = total if is_sending else counts.pending
+    if batch.status in ("draft", "sending", "paused") and not counts.pending <= recipients <= most:
+        found = "1 recipient" if counts.pending == 1 else f"{counts.pending} recipients"
         raise Refused(409, f"it has {found}, not {recipients}: look at it again")
-    remedy = "; resume goes on with it" if now.status == "paused" else ""
-    raise Refused(409, f"the batch is {now.status}: only a draft can be sent{remedy}")
+    if not is_sending:
+        remedy = "; resume goes on with it" if batch.status == "paused" else ""
+        raise Refused(409, f"the batch is {batch.status}: only a draft can be sent{remedy}")
+    if first_n not in (None, batch.first_n):
+        now = f"until {batch.first_n} are sent" if batch.first_n else "to all"
+        raise Refused(409, f"it is being sent already, {now}: pause it, to stop it earlier")
 
 
 def read_digest(quinn: Connection, batch_id: str) -> str:

@@ -327,7 +327,8 @@ def send_command(terminal: Terminal, arguments: argparse.Namespace) -> int:
         detail = composing.show(quinn, arguments.batch)
         digest = arguments.digest or detail.digest or ""
         recipients = detail.counts.pending
-        can_start = detail.digest == digest and detail.status in ("draft", "paused")
+        # `sending`, too: its approval may be missing, or have lapsed.
+        can_start = detail.digest == digest and detail.status in ("draft", "sending", "paused")
         if can_start and not (arguments.yes and arguments.recipients is not None):
             terminal.show(*show_detail(quinn, detail))
             if not is_send_confirmed(terminal, recipients, arguments.first):

@@ -1,5 +1,6 @@
 """Check composing.py: who gets a text and who is left out, the draft, its digest, and the approval."""
 
+import contextlib
 import json
 import threading
 import uuid
@@ -196,6 +197,13 @@ def test_each_person_left_out_can_be_listed(world: TestData) -> None:
         if not (after := page.after):
             break
     assert sorted(listed) == sorted(names)
+
+
+def test_page_after_an_unknown_person_is_refused(world: TestData) -> None:
+    person(world, handle="0170 1234567")
+    databases = world.databases
+    with pytest.raises(batches.Refused, match="begin with the first page"):
+        composing.people_left_out(databases.quinn, databases.icloud, request(), "badHandle", str(uuid.uuid4()))
 
 
 def test_columns_and_keys_may_have_any_name(world: TestData) -> None:
@@ -396,12 +404,74 @@ def test_lapsed_approval_needs_the_digest_again(world: TestData) -> None:
     send(world, made)
     world.quinn("UPDATE outreach_batches SET status = 'paused', pause_reason = 'approval lapsed', approved_at = %(at)s",
                 at=ago(days=8))  # fmt: skip
-    with pytest.raises(batches.Refused, match="send it again with its digest"):
+    with pytest.raises(batches.Refused, match="send it with its digest"):
         batches.resume(world.databases.quinn, made.id)
     assert send(world, made).status == "sending"
     assert world.quinn("SELECT approved_at > now() - interval '1 minute', pause_reason FROM outreach_batches") == [
         (True, None)
     ]
+
+
+def raised_days(world: TestData) -> None:
+    world.quinn("UPDATE outreach_batches SET status = 'paused', pause_reason = 'approval lapsed'")
+    world.settings(approval_days=100)
+
+
+def never_approved(world: TestData) -> None:
+    world.quinn("UPDATE outreach_batches SET status = 'paused', approved_at = NULL")
+
+
+def set_to_sending_by_hand(world: TestData) -> None:
+    world.quinn("UPDATE outreach_batches SET status = 'sending', approved_at = NULL")
+
+
+def lapsed_before_a_tick(world: TestData) -> None:
+    world.quinn("UPDATE outreach_batches SET approved_at = %(at)s", at=ago(days=8))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [raised_days, never_approved, set_to_sending_by_hand, lapsed_before_a_tick],
+    ids=lambda each: each.__name__,
+)
+def test_batch_without_an_approval_is_started_by_send_alone(
+    world: TestData, change: Callable[[TestData], None], mac_sync: dispatcher.SendQueueClient, device_id: str
+) -> None:
+    person(world)
+    made = draft(world)
+    send(world, made)
+    change(world)
+    with contextlib.suppress(batches.Refused):
+        assert batches.resume(world.databases.quinn, made.id).status == "sending"
+        assert change in (set_to_sending_by_hand, lapsed_before_a_tick), "it was not paused"
+    with pytest.raises(batches.Refused, match="it has 1 recipient, not 2"):
+        send(world, made, recipients=2)
+    assert send(world, made).status == "sending"
+    assert world.quinn("SELECT approved_at > now() - interval '1 minute' FROM outreach_batches") == [(True,)]
+    assert dispatcher.dispatch(world.databases.quinn, world.databases.icloud, mac_sync)["queued"] == 1
+
+
+def test_repeated_send_must_ask_for_the_same(world: TestData) -> None:
+    for _ in range(3):
+        person(world)
+    made = draft(world)
+    send(world, made, first_n=2)
+    world.quinn("UPDATE outreach_batch_items SET status = 'sent', sent_at = now() WHERE id = "
+                "(SELECT id FROM outreach_batch_items LIMIT 1)")  # fmt: skip
+    assert send(world, made, first_n=2).status == "sending"
+    with pytest.raises(batches.Refused, match="it has 2 recipients, not 4"):
+        send(world, made, recipients=4)
+    with pytest.raises(batches.Refused, match="being sent already, until 2 are sent"):
+        send(world, made, first_n=1)
+
+
+def test_batch_past_its_time_is_not_sent(world: TestData) -> None:
+    person(world)
+    made = draft(world, send_until=ago(hours=1))
+    with pytest.raises(batches.Refused, match=r"it could be sent until .* UTC: make a new draft") as refused:
+        send(world, made)
+    assert refused.value.status == 409
+    assert composing.show(world.databases.quinn, made.id).status == "draft"
 
 
 def test_test_message_goes_to_the_owner_alone(world: TestData, device_id: str) -> None:
