@@ -4,7 +4,8 @@ import contextlib
 import json
 import subprocess
 import sys
-from datetime import UTC, date, datetime, time, timedelta
+import time as clock
+from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from zoneinfo import ZoneInfo
 
@@ -461,12 +462,12 @@ templates.parse("{{ client.name }}", client).variables
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 results = {}
 for name, text in json.load(sys.stdin).items():
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         outcome = len(templates.parse(text, client).render(client, datetime.timezone.utc).body)
     except (templates.TemplateError, templates.EmptyVariable, templates.TooLong) as error:
         outcome = type(error).__name__
-    results[name] = (outcome, time.perf_counter() - start)
+    results[name] = (outcome, time.process_time() - start)
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 json.dump({"results": results, "grown_kib": grown}, sys.stdout)
 """
@@ -493,8 +494,7 @@ def test_hundred_thousand_texts_render_in_under_ten_seconds() -> None:
     text = parse("Hello {{ client.name | default: 'friend' }}, {% if client.visits > 9 %}thank you for "
                  "{{ client.visits }} visits.{% endif %} {{ client.price | times: 2 }} until "
                  "{{ client.seen | date: '%d.%m.' }}: {{ vars.code }}")  # fmt: skip
-    seconds = timedelta(seconds=10) / 100_000
-    start = datetime.now(UTC)
+    start = clock.process_time()  # of this process alone: other processes take their share of a wall clock
     for _ in range(2000):
         text.render(JANE, BERLIN)
-    assert (datetime.now(UTC) - start) / 2000 < seconds
+    assert (clock.process_time() - start) / 2000 < 10 / 100_000
