@@ -33,7 +33,7 @@ mac-faults: .venv/test  ## kill the sender on the Mac, Messages and osascript at
 
 SECONDS ?= 3600
 soak: .venv/faults  ## inject random faults for an hour; `make soak SEED=7 SECONDS=1` replays the round of seed 7
-	@PYTHONPATH=.:mac $(BIN)/python tools/chaos.py --seconds $(SECONDS) --seed $(SEED)
+	@PYTHONPATH=. $(BIN)/python tools/chaos.py --seconds $(SECONDS) --seed $(SEED)
 
 bench: .venv/bench  ## compare the product with its peers and its limits, in less than 8 minutes on two cores
 	@$(BIN)/python bench/bench.py
