@@ -21,7 +21,7 @@ owner-test: .venv/test  ## run the tests of composing, importing, the owner's AP
 
 # A different seed at each run, unless you set SEED.
 SEED := $(or $(SEED),$(shell date +%s))
-faults: .venv/faults  ## kill each process at each step, fail over to a standby, inject random faults, in about 5 minutes
+faults: .venv/faults  ## kill each process at each step, fail over to a standby, inject random faults, in about 6 minutes
 	$(BIN)/python -m pytest -m 'faults or hypothesis' --hypothesis-seed=$(SEED) || \
 	    { echo 'replay: make faults SEED=$(SEED)'; exit 1; }
 
@@ -33,7 +33,7 @@ mac-faults: .venv/test  ## kill the sender on the Mac, Messages and osascript at
 
 SECONDS ?= 3600
 soak: .venv/faults  ## inject random faults for an hour; `make soak SEED=7 SECONDS=1` replays the round of seed 7
-	@PYTHONPATH=. $(BIN)/python tools/chaos.py --seconds $(SECONDS) --seed $(SEED)
+	@PYTHONPATH=.:mac $(BIN)/python tools/chaos.py --seconds $(SECONDS) --seed $(SEED)
 
 bench: .venv/bench  ## compare the product with its peers and its limits, in less than 8 minutes on two cores
 	@$(BIN)/python bench/bench.py

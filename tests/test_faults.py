@@ -399,5 +399,5 @@ def test_random_faults_lose_and_repeat_nothing(seed: int, capsys: pytest.Capture
     with capsys.disabled():
         sys.stdout.write("\n" + "\n".join(report.lines()) + "\n")
     assert not report.violations
-    assert sum(report.faults.values()) >= 100  # on an idle machine some 250
-    assert report.messages >= 1500  # most seeds make some 2,300
+    assert sum(report.faults.values()) >= 70  # on an idle machine some 160
+    assert report.messages >= 50  # on an idle machine some 100: osascript takes its time

@@ -1,8 +1,9 @@
 """Inject random faults by a seeded schedule, and check that no message is lost or sent twice.
 
-Run by `make faults` (one run of a minute or two) and `make soak` (one run after another). The processes are real: a
-server, two dispatchers, three simulated Macs and a PostgreSQL; faults hit all of them. A tick each second and limits
-that fill within a minute make a run short. Each run prints a report. To replay a run, give its seed: the schedule of
+Run by `make faults` (one run of two minutes or three) and `make soak` (one run after another). The processes are real:
+a server, two dispatchers, a PostgreSQL, and three Macs, each with the sender and a stand-in for Messages. Faults hit
+all of them. A tick each second, short waiting times and limits that fill within a minute make a run short. What really
+left the Macs is in the stand-ins' own books. Each run prints a report. To replay a run, give its seed: the schedule of
 faults and changes is then the same, but not the timing of threads. Example:
 
     make soak SEED=7 SECONDS=1
@@ -27,21 +28,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import event_log
+import fake_messages
+import mac_folder
 import proxy
 import psycopg2
-import simulated_mac
 from event_log import EventLog
 from testing import Databases, PrivatePostgres, Script, TestData, free_port, on_database, wait_until
 
+import batches
 import db
 
 FAULT_PHASE = 60  # seconds of a run in which faults happen
-RECOVERY_PHASE = 90  # seconds after the fault phase within which each message must end
-BATCHES, ITEMS = 80, 32  # number of batches, and of items in each
-FAILING, UNREACHABLE = 0.15, 0.02  # shares of the messages: the device cannot send it; its client has no handle
+RECOVERY_PHASE = 150  # seconds after the fault phase within which each message must end
+BATCHES, ITEMS = 30, 6  # number of batches, and of items in each
+UNREACHABLE = 0.02  # the share of the messages whose client has no handle
+UNUSUAL = 0.12  # the share of the messages with which Messages or osascript does something else than to send it
+DIE_RATE = 0.002  # the probability that the sender is killed at one of its steps: some 50 for each message
 LOSS, DELAY = 0.012, 0.02  # shares of the HTTP exchanges: request or response lost; response delayed
 CUT = 0.002  # the share of SQL statements before or after which the connection is cut
-FAULT_EVERY, CHANGE_EVERY = 0.4, 0.9  # mean seconds between two faults, and between two changes of the settings
+FAULT_EVERY, CHANGE_EVERY = 0.7, 0.9  # mean seconds between two faults, and between two changes of the settings
 CHECK_EVERY = 15  # seconds between two checks during the fault phase
 EXIT_TIMEOUT = 12  # seconds within which SIGTERM must end a process
 MAX_VIOLATIONS = 40  # printed in a report
@@ -101,7 +106,16 @@ class Report:
     messages: int = 0
     sent_amid_faults: int = 0
     duplicates: int = 0
-    losses: int = 0
+    false_sent: int = 0
+    false_failed: int = 0
+    unknown: int = 0
+    unknown_left: int = 0
+    decidable: int = 0
+    releases: int = 0
+    pauses: int = 0
+    after_pause: int = 0
+    stops: int = 0
+    after_stop: int = 0
     limits_exceeded: int = 0
     recovery: float = 0.0
     seconds: float = 0.0
@@ -119,12 +133,25 @@ class Report:
             f"  changes made      {listed(self.changes)}",
             f"  messages          {self.messages}, {self.sent_amid_faults} of them sent amid the faults",
             f"  duplicates        {self.duplicates}",
-            f"  losses            {self.losses}",
+            f"  false sent        {self.false_sent}",
+            f"  false failed      {self.false_failed}",
+            f"  unknown           {self.unknown}, {self.unknown_left} of them left; decidable: {self.decidable}",
+            f"  sender stopped    {self.releases} times, until the owner released it",
+            f"  after a pause     at most {self.after_pause} messages from one Mac ({self.pauses} pauses)",
+            f"  after a STOP      at most {self.after_stop} messages from one Mac ({self.stops} opt-outs)",
             f"  limits exceeded   {self.limits_exceeded}",
             f"  longest recovery  {self.recovery:.1f} s",
             *(f"  VIOLATION: {violation}" for violation in self.violations[:MAX_VIOLATIONS]),
             f"  replay with       make soak SEED={self.seed} SECONDS=1",
         ]
+
+
+class Pause(NamedTuple):
+    """A batch was paused by its owner's verb, which returned at `since`, and not resumed before `until`."""
+
+    batch_id: str
+    since: float
+    until: float
 
 
 class Event(NamedTuple):
@@ -143,6 +170,9 @@ class ChaosRun:
         self.path, self.cluster = path, cluster
         self.rng = random.Random(seed)
         self.fault_ends: list[float] = []
+        self.polls: list[float] = []
+        self.pauses: list[Pause] = []
+        self.devices: dict[str, str] = {}  # the id of each device, by its name
         self.in_fault_phase = True
         self.lock = threading.Lock()
         urls = {}
@@ -155,7 +185,7 @@ class ChaosRun:
         conns = [db.connect(urls[part]) for part in ("quinn", "icloud")]
         event_log.install(*conns)
         self.data = TestData(Databases(urls["quinn"], urls["icloud"], *conns))
-        self.deleted: set[str] = set()
+        self.deleted: set[str] = set()  # names of processes that are not started again
         self.processes = self._make_processes()
 
     # --- processes ------------------------------------------------------------------------------------
@@ -176,27 +206,40 @@ class ChaosRun:
             name = f"dispatcher-{number}"
             processes[name] = ManagedProcess(name, self.path, ("dispatcher.py",), environment | base_url)
         for number in (1, 2, 3):
-            processes[f"device-{number}"] = self._device(f"device-{number}")
+            processes |= self._mac(f"mac-{number}", f"00000000-0000-0000-0000-00000000000{number}")
         return processes
 
-    def _device(self, name: str) -> ManagedProcess:
-        self.data.device(name)
-        base_url, log = f"http://127.0.0.1:{self.proxies[1].port}", self.path / f"{name}.device"
-        command = ("tools/simulated_mac.py", base_url, str(log))
-        return ManagedProcess(name, self.path, command, {"DEVICE_TOKEN": name})
+    def _mac(self, name: str, uuid: str) -> dict[str, ManagedProcess]:
+        """Make a device, its folder, and the processes that run over it."""
+        path = self.path / name
+        self.devices[name] = self.data.device(name)
+        mac_folder.make(path, f"http://127.0.0.1:{self.proxies[1].port}", name, uuid)
+        environment = {**mac_folder.ENVIRONMENT, "DIE_RATE": str(DIE_RATE)}
+        commands = {"messages": mac_folder.app_command(path), "sender": mac_folder.sender_command(path)}
+        return {
+            f"{kind}-{name}": ManagedProcess(f"{kind}-{name}", self.path, command, environment)
+            for kind, command in commands.items()
+        }
 
     def fill(self) -> None:
-        """Insert the batches. Each client gets several messages."""
-        clients = [self.data.client(f"+1415555{number:04}") for number in range(200)]
+        """Insert the batches, and decide what Messages does with each message. Each client gets several messages."""
+        clients = [self.data.client(f"+1415555{number:04}") for number in range(60)]
         unreachable = self.data.client(None)
         number = itertools.count(1)
+        acts = [("message", mac_folder.quick())]
         for _ in range(BATCHES):
             batch_id = self.data.batch()
             for _ in range(ITEMS):
-                body = f"message {next(number)}" + (" fails" if self.rng.random() < FAILING else "")
+                body = f"message {next(number)}."
                 client = unreachable if self.rng.random() < UNREACHABLE else self.rng.choice(clients)
                 self.data.item(batch_id, client, rendered_body=body)
-        self.data.settings(max_per_minute=900)
+                if self.rng.random() < UNUSUAL:
+                    acts.insert(0, (body, self.rng.choice(unusual_acts())))
+        for name in self.devices:
+            with contextlib.closing(mac_folder.messages(self.path / name)) as messages:
+                rules = [{"to": "", "text": body, "times": None, "act": act} for body, act in acts]
+                messages.expect(rules=rules)
+        self.data.settings(max_per_minute=150)
         for conn in (self.data.databases.quinn, self.data.databases.icloud):
             conn.close()  # PostgreSQL will be killed
 
@@ -205,7 +248,9 @@ class ChaosRun:
     def _http_faults(self) -> proxy.OnExchange:
         rng, lock = random.Random(self.rng.random()), threading.Lock()
 
-        def on_exchange(moment: proxy.Moment, _what: str) -> bool:
+        def on_exchange(moment: proxy.Moment, what: str) -> bool:
+            if moment == "after" and "/pending" in what:
+                self.polls.append(time.time())
             if not self.in_fault_phase:
                 return True
             with lock:
@@ -240,8 +285,10 @@ class ChaosRun:
 
     def schedule(self) -> list[Event]:
         """Decide all faults and changes of the run before it starts."""
-        faults = ["kill"] * 16 + ["term"] * 5 + ["stop"] * 10 + ["off"] * 4 + ["postgres", "postgres", "backend"]
-        changes = ["pause", "quiet", "gap"] + ["limit"] * 3 + ["choose_device"] * 3 + ["batch"] * 8
+        faults = (
+            ["kill"] * 16 + ["term"] * 5 + ["stop"] * 10 + ["off"] * 2 + ["osascript"] * 8 + ["postgres", "backend"]
+        )
+        changes = ["pause", "quiet", "gap"] + ["limit"] * 3 + ["choose_device"] * 6 + ["batch"] * 8 + ["reply"] * 3
         events = []
         for every, kinds in ((FAULT_EVERY, faults), (CHANGE_EVERY, changes)):
             at = 2.0
@@ -307,11 +354,22 @@ class ChaosRun:
             process.signal(signal.SIGCONT)
 
     def _off(self, rng: random.Random) -> None:
-        process = self._choose_process(rng, "device")
-        with self._fault(process, "device off"):
+        process = self._choose_process(rng, "sender")
+        with self._fault(process, "sender off"):
             process.end(signal.SIGKILL)
             time.sleep(rng.uniform(2, 6))
             self._restart(process)
+
+    def _osascript(self, rng: random.Random) -> None:
+        """Kill an osascript while it runs. What Messages has accepted by then leaves all the same."""
+        name = rng.choice(sorted(self.devices))
+        end = time.monotonic() + 3
+        while time.monotonic() < end and self.in_fault_phase:
+            if found := running_osascript(self.path / name):
+                with self._fault(None, "SIGKILL of an osascript"), contextlib.suppress(ProcessLookupError):
+                    os.kill(found, signal.SIGKILL)
+                return
+            time.sleep(0.01)
 
     def _restart(self, process: ManagedProcess) -> None:
         if process.name not in self.deleted:
@@ -338,6 +396,7 @@ class ChaosRun:
         return False
 
     cluster_lock = threading.Lock()
+    is_over = False
 
     # --- scheduled changes ----------------------------------------------------------------------------
 
@@ -391,7 +450,7 @@ class ChaosRun:
 
     def _limit(self, rng: random.Random) -> None:
         name = rng.choice(("max_per_minute", "max_per_minute", "max_per_hour"))
-        maximum = rng.choice((600, 900, 1200, 1500) if name == "max_per_minute" else (1000, 1500, None))
+        maximum = rng.choice((90, 120, 150, 200) if name == "max_per_minute" else (150, 200, None))
         self._change("limit changed", f"UPDATE outreach_settings SET {name} = %(maximum)s", maximum=maximum)
 
     def _gap(self, rng: random.Random) -> None:
@@ -410,19 +469,78 @@ class ChaosRun:
         if not rows:
             return
         batch_id = rng.choice(rows)[0]
-        move = "UPDATE outreach_batches SET status = '{}' WHERE id = '{}' AND status = '{}'"
         if rng.random() < 0.15:
-            self._change("batch cancelled", move.format("cancelled", batch_id, "sending"))
+            sql = f"UPDATE outreach_batches SET status = 'cancelled' WHERE id = '{batch_id}' AND status = 'sending'"
+            self._change("batch cancelled", sql)
         else:
-            on, off = move.format("paused", batch_id, "sending"), move.format("sending", batch_id, "paused")
-            self._for_a_while(rng, "batch paused", on, off)
+            self._pause_batch(batch_id, rng.uniform(0.5, 2.5))
+
+    def _pause_batch(self, batch_id: str, seconds: float) -> None:
+        """Pause a batch as its owner does, which also takes back what waits, and resume it later."""
+        with self._connections() as (quinn, icloud), contextlib.suppress(batches.Refused):  # it has ended meanwhile
+            batches.pause(quinn, icloud, batch_id)
+        since, end = time.time(), time.monotonic() + seconds
+        with self.lock:
+            self.report.changes["batch paused"] += 1
+        while time.monotonic() < end and self.in_fault_phase:
+            time.sleep(0.1)
+        self.pauses.append(Pause(batch_id, since, time.time()))
+        while self.in_fault_phase:
+            with contextlib.suppress(psycopg2.Error, batches.Refused), self._connections() as (quinn, _):
+                batches.resume(quinn, batch_id)
+                return
+            time.sleep(0.2)
+
+    @contextlib.contextmanager
+    def _connections(self) -> Iterator[tuple[Any, Any]]:
+        with (
+            contextlib.closing(db.connect(self.urls["quinn"])) as quinn,
+            contextlib.closing(db.connect(self.urls["icloud"])) as icloud,
+        ):
+            yield quinn, icloud
+
+    def _reply(self, rng: random.Random) -> None:
+        """Let a person reply STOP to one of the Macs."""
+        name, number = rng.choice(("mac-1", "mac-2")), rng.randrange(60)
+        with contextlib.closing(mac_folder.messages(self.path / name)) as messages:
+            messages.receive(f"+1415555{number:04}", "Stop.")
+        with self.lock:
+            self.report.changes["reply of STOP"] += 1
 
     def _delete(self, _rng: random.Random) -> None:
-        process = self.processes["device-3"]
+        process = self.processes["sender-mac-3"]
         with process.lock:
             self.deleted.add(process.name)
             process.end(signal.SIGKILL)
-            self._change("device deleted", "DELETE FROM icloud.devices WHERE name = 'device-3'", "icloud")
+            self._change("device deleted", "DELETE FROM icloud.devices WHERE name = 'mac-3'", "icloud")
+
+    # --- what runs beside the faults ------------------------------------------------------------------
+
+    def _look_after_macs(self) -> None:
+        """Do what launchd and the owner do: start a sender that has ended, and release one that has stopped."""
+        while not self.is_over:
+            for name in self.devices:
+                process = self.processes[f"sender-{name}"]
+                if process.lock.acquire(blocking=False):
+                    try:
+                        self._look_after(process, self.path / name)
+                    finally:
+                        process.lock.release()
+            time.sleep(0.1)
+
+    def _look_after(self, process: ManagedProcess, path: Path) -> None:
+        if process.name in self.deleted or not process.script:
+            return
+        status = process.script.process.poll()
+        if status is not None:
+            self._count(f"sender killed at one of its steps, or ended ({status})")
+            if not self.in_fault_phase:
+                process.environment["DIE_RATE"] = "0"
+            process.start()
+            self.fault_ends.append(time.time())
+        elif mac_folder.is_stopped(path):
+            mac_folder.release(path)
+            self.report.releases += 1
 
     # --- the run --------------------------------------------------------------------------------------
 
@@ -431,12 +549,16 @@ class ChaosRun:
         self.fill()
         for process in self.processes.values():
             process.start()
+        helper = threading.Thread(target=self._look_after_macs)
+        helper.start()
         try:
             self._inject_faults(start)
             self._recover()
-            self._check(event_log.CHECKS)
+            self._check(event_log.FINAL_MAC_CHECKS)
         finally:
             self.in_fault_phase = False
+            self.is_over = True
+            helper.join()
             self._end()
         self.report.seconds = time.monotonic() - start
         return self.report
@@ -450,11 +572,10 @@ class ChaosRun:
             threads[-1].start()
             if time.monotonic() - checked > CHECK_EVERY and not self.report.violations:
                 checked = time.monotonic()
-                # Omit records_match: the records match only after every message has ended.
-                self._check([check for check in event_log.CHECKS if check is not event_log.records_match])
+                self._check(event_log.MAC_CHECKS)
             if self.report.violations:
                 break
-        self.report.sent_amid_faults = sum(len(simulated_mac.sends(log)) for log in self.path.glob("*.device"))
+        self.report.sent_amid_faults = sum(len(records.left) for records in self._read_macs().values())
         self.in_fault_phase = False
         for thread in threads:
             thread.join()
@@ -466,7 +587,7 @@ class ChaosRun:
             sql = """
                 UPDATE outreach_settings
                    SET paused = false, quiet_hours_start = NULL, quiet_hours_end = NULL, min_gap_seconds = NULL,
-                       max_per_minute = NULL, max_per_hour = NULL
+                       max_per_minute = 120, max_per_hour = NULL
             """
             db.query(conn, sql)
             db.query(conn, "UPDATE outreach_batches SET status = 'sending' WHERE status = 'paused'")
@@ -490,18 +611,21 @@ class ChaosRun:
         """
         icloud = "SELECT count(*) FROM icloud.send_queue WHERE status = 'queued'"
         time.sleep(0.2)
+        with contextlib.closing(db.connect(self.urls["quinn"])) as conn:  # all Macs share the work
+            device = random.choice([self.devices["mac-1"], self.devices["mac-2"]])
+            db.query(conn, "UPDATE outreach_settings SET device_id = %(id)s", {"id": device})
         left = 0
         for part, sql in {"quinn": quinn, "icloud": icloud}.items():
             with contextlib.closing(db.connect(self.urls[part])) as conn:  # type: ignore[index]  # a DatabaseName
                 left += db.query(conn, sql)[0][0]
         return left == 0
 
+    def _read_macs(self) -> dict[str, mac_folder.Records]:
+        return {device: mac_folder.read(self.path / name) for name, device in self.devices.items()}
+
     def _read_events(self) -> EventLog:
-        with (
-            contextlib.closing(db.connect(self.urls["quinn"])) as quinn,
-            contextlib.closing(db.connect(self.urls["icloud"])) as icloud,
-        ):
-            return EventLog(event_log.read(quinn, icloud), self.path.glob("*.device"))
+        with self._connections() as (quinn, icloud):
+            return EventLog(event_log.read(quinn, icloud), macs=self._read_macs())
 
     def _check(self, checks: Sequence[event_log.Check]) -> None:
         """Run the checks and add their violations to the report."""
@@ -512,18 +636,52 @@ class ChaosRun:
         report = self.report
         found = event_log.violations(events, checks)
         report.violations += found
-        report.messages = len(events.sends)
-        report.duplicates = len(event_log.sent_twice(events)) + sum("live rows" in violation for violation in found)
-        report.losses = sum(violation.startswith("records_match") for violation in found)
-        report.limits_exceeded = sum(violation.startswith("limits_hold") for violation in found)
+
+        def count(*names: str) -> int:
+            return sum(violation.startswith(names) for violation in found)
+
+        report.messages = sum(len(records.asked) for records in events.macs.values())
+        report.duplicates = len(event_log.left_twice(events)) + sum("live rows" in violation for violation in found)
+        report.false_sent, report.false_failed = count("no_false_sent"), count("no_false_failed")
+        report.decidable = count("unknown_is_undecidable")
+        report.limits_exceeded = count("limits_hold")
         report.recovery = self._longest_recovery(events)
+        self._count_unknown(events)
+        self._count_late_sends(events)
+
+    def _count_unknown(self, events: EventLog) -> None:
+        unknown = [
+            (device, row["body"])
+            for device in events.macs
+            for row in event_log.last_rows(events, device)
+            if row["outcome"] == "unknown"
+        ]
+        self.report.unknown = len(unknown)
+        left = {(device, send.text) for device, records in events.macs.items() for send in records.left}
+        self.report.unknown_left = sum(each in left for each in unknown)
+
+    def _count_late_sends(self, events: EventLog) -> None:
+        """Count what osascript was asked to send after a pause or a STOP, at most, on one Mac."""
+        batch_of = {
+            (versions[-1].new or {}).get("rendered_body"): (versions[-1].new or {}).get("batch_id")
+            for versions in events.items.values()
+        }
+        late = [
+            sum(batch_of.get(send.text) == pause.batch_id and pause.since < send.at < pause.until for send in mac.asked)
+            for pause in self.pauses
+            for mac in events.macs.values()
+        ]
+        stops = [count for _, count in event_log.after_stops(events)]
+        self.report.pauses, self.report.after_pause = len(self.pauses), max(late, default=0)
+        self.report.stops, self.report.after_stop = len(stops) // len(events.macs), max(stops, default=0)
+        if self.report.after_pause > 1:
+            self.report.violations.append(f"{self.report.after_pause} messages left one Mac after a pause")
 
     def _longest_recovery(self, events: EventLog) -> float:
         """Return the longest time from a fault's end to the next sync and poll; it may contain later faults."""
-        polls = sorted(at for log in self.path.glob("*.device") for at in simulated_mac.polls(log))
         longest = 0.0
-        for end in self.fault_ends:
-            nexts = [next((at for at in times if at >= end), end) for times in (events.syncs, polls)]
+        for end in list(self.fault_ends):
+            nexts = [next((at for at in times if at >= end), end) for times in (events.syncs, sorted(self.polls))]
             longest = max(longest, *(at - end for at in nexts))
         return longest
 
@@ -533,6 +691,33 @@ class ChaosRun:
             self._add_violation(process.terminate())
         for each in self.proxies:
             each.close()
+
+
+def unusual_acts() -> list[fake_messages.Act]:
+    """Return what Messages and osascript may do instead of sending a message at once."""
+    good = mac_folder.quick()
+    return [
+        fake_messages.fails(22, after=0.02, error_after=0.1),
+        fake_messages.error("resolve", -1728),
+        fake_messages.error("account", -600),
+        fake_messages.dies("resolve", good),
+        fake_messages.dies("dispatch", good),
+        fake_messages.vanishes(),
+        fake_messages.vanishes(leaves=0.2),
+        fake_messages.outbox(leaves=1.0),
+        fake_messages.slow(1.0, good),
+        fake_messages.with_url("https://example.com", good),
+    ]
+
+
+def running_osascript(path: Path) -> int | None:
+    """Return the process id of an osascript of a Mac that has a message, None if there is none."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            words = (process / "cmdline").read_text().split("\0")
+            if "osascript" in words and str(path / "mac") in words and len(words) > 8:
+                return int(process.name)
+    return None
 
 
 def chaos_run(seed: int, path: Path) -> Report:
@@ -546,7 +731,7 @@ def chaos_run(seed: int, path: Path) -> Report:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Inject random faults, and count the messages that are lost or sent twice.",
+        description="Inject random faults, and count what is sent twice or reported wrongly.",
         epilog="examples: make soak; make soak SEED=7 SECONDS=1 (replays the run of seed 7)",
     )
     parser.add_argument("--seconds", type=int, default=60, help="start no new run after this time; default %(default)s")

@@ -1,4 +1,4 @@
-"""The real sender as a process that may be killed at any step: for test_mac_processes.py.
+"""The real sender as a process that may be killed at any step: for test_mac_processes.py and chaos.py.
 
 Each commit of the journal, each run of a program and each request is a step, before it and after it. The process
 writes them down in STEPS, and ends itself with SIGKILL at the one with the number DIE_AT, at the first one with the

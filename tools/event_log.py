@@ -1,8 +1,8 @@
 """Record every change of both databases with triggers, and check the recorded changes against the rules.
 
 Used by test_faults.py, test_failover.py and chaos.py. Each check yields a sentence for each violation. Times are
-seconds since 1970. Each item has a different body. The simulated Macs log the body, so it connects an item with its
-sends. Example:
+seconds since 1970. Each item has a different body, which connects it with its sends. A device is a simulated Mac, with
+its log, or the real sender, with the records of mac_folder.py. Example:
 
     event_log.install(quinn, icloud); ...
     assert violations(EventLog(event_log.read(quinn, icloud), logs)) == []
@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import mac_folder
 import simulated_mac
 
 import db
@@ -35,7 +36,7 @@ RECORDER = """
     END $$;
 """
 TABLES = {
-    "icloud": ["icloud.devices", "icloud.send_queue"],
+    "icloud": ["icloud.devices", "icloud.send_queue", "icloud.opt_outs"],
     "quinn": ["outreach_batches", "outreach_batch_items", "outreach_settings"],
 }
 ITEM_TRANSITIONS = {
@@ -79,14 +80,22 @@ def read(quinn: Any, icloud: Any) -> list[Change]:
 
 def moment(text: str | None) -> float:
     """Convert a timestamp of a row's JSON to seconds since 1970."""
+    if text == "-infinity":  # an opt-out ends a row's time with it
+        return float("-inf")
     return datetime.fromisoformat(text or "").timestamp()
 
 
 class EventLog:
-    """The changes, indexed for the checks. `rows`, `items` and `batches` have the versions of each by its id."""
+    """The changes, indexed for the checks. `rows`, `items` and `batches` have the versions of each by its id.
 
-    def __init__(self, changes: Sequence[Change], logs: Iterable[Path]) -> None:
+    `logs`: of the simulated Macs. `macs`: the records of the real senders, by the id of the device.
+    """
+
+    def __init__(
+        self, changes: Sequence[Change], logs: Iterable[Path] = (), macs: dict[str, mac_folder.Records] | None = None
+    ) -> None:
         self.changes = changes
+        self.macs = macs or {}
         self.sends = [send for log in logs for send in simulated_mac.sends(log)]
         self.rows = self._versions("send_queue")
         self.rows_of: dict[str, list[str]] = defaultdict(list)  # the rows of each item
@@ -138,7 +147,8 @@ def rows_end_once(events: EventLog) -> Iterator[str]:
             if not old or not new:
                 continue
             result = [(row["status"], row["sent_at"], row["failure_reason"]) for row in (old, new)]
-            if old["status"] != "queued" and result[0] != result[1]:
+            is_resolved = old["outcome"] == "unknown" and (new["status"], new["outcome"]) != ("failed", "not_started")
+            if old["status"] != "queued" and result[0] != result[1] and not is_resolved:
                 yield f"the result of row {row_id} changed: {result}"
             if new["withdrawn_at"] and old["collected_at"]:
                 yield f"row {row_id} was withdrawn after it was collected"
@@ -150,7 +160,8 @@ def items_end_once(events: EventLog) -> Iterator[str]:
         for change in versions:
             old, new = change.old, change.new
             move = (old["status"], new["status"]) if old and new else None
-            if move and move[0] != move[1] and move not in ITEM_TRANSITIONS:
+            is_resolved = move == ("failed", "sent") and bool(old and old["outcome_unknown_at"])
+            if move and move[0] != move[1] and move not in ITEM_TRANSITIONS and not is_resolved:
                 yield f"item {item_id} went from {move[0]} to {move[1]}"
             if new and new["status"] in ("failed", "skipped") and not new["failure_reason"]:
                 yield f"item {item_id} is {new['status']} without a reason"
@@ -231,6 +242,91 @@ def _is_contradicted(item: dict[str, Any], outcomes: set[str]) -> bool:
 
 def _lost_its_device(events: EventLog, item_id: str) -> bool:
     return any(_device(events, row_id) in events.deleted_devices for row_id in events.rows_of.get(item_id, ()))
+
+
+# --- the real sender ----------------------------------------------------------------------------------
+
+
+def nothing_left_twice(events: EventLog) -> Iterator[str]:
+    """Check that no message left the Macs twice, by the book of what stands in for Messages."""
+    for body in left_twice(events):
+        yield f"message {body!r} left twice"
+
+
+def left_twice(events: EventLog) -> list[str]:
+    """Return the messages that left more than once. Ignore deleted devices, because their rows are deleted too."""
+    left = Counter(send.text for _, records in _kept_macs(events) for send in records.left)
+    return [body for body, times in left.items() if times > 1]
+
+
+def _kept_macs(events: EventLog) -> list[tuple[str, mac_folder.Records]]:
+    return [(device, records) for device, records in events.macs.items() if device not in events.deleted_devices]
+
+
+def last_rows(events: EventLog, device: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a device as they are now."""
+    for versions in events.rows.values():
+        row = versions[-1].new
+        if row and row["device_id"] == device:
+            yield row
+
+
+def no_false_sent(events: EventLog) -> Iterator[str]:
+    """Check that each `sent` row has a row with is_sent = 1 in chat.db, and that the message left."""
+    for device, records in _kept_macs(events):
+        confirmed = {row.text for row in records.rows if row.state == "sent"}
+        left = {send.text for send in records.left}
+        for row in last_rows(events, device):
+            if row["status"] == "sent" and row["body"] not in confirmed & left:
+                yield f"row {row['id']} is sent, and its message did not leave"
+
+
+def no_false_failed(events: EventLog) -> Iterator[str]:
+    """Check that no message left of which the queue or the item says for certain that it was not sent.
+
+    A row that was given back (`not_started`) says it, too: its item has another row, or ended for another reason.
+    """
+    left_of = {device: {send.text for send in records.left} for device, records in _kept_macs(events)}
+    for device, left in left_of.items():
+        for row in last_rows(events, device):
+            is_certain = row["status"] == "failed" and row["outcome"] is None and not row["withdrawn_at"]
+            if is_certain and row["body"] in left:
+                yield f"row {row['id']} is failed, and its message left"
+            if row["status"] == "queued" and row["body"] in left:
+                yield f"row {row['id']} is queued, and its message left"
+    everything = set().union(*left_of.values()) if left_of else set()
+    for item_id, versions in events.items.items():
+        item = versions[-1].new
+        is_open = not item or item["status"] == "sent" or item["outcome_unknown_at"]
+        if not is_open and item and item["rendered_body"] in everything and not _lost_its_device(events, item_id):
+            yield f"item {item_id} is {item['status']}, and its message left"
+
+
+def unknown_is_undecidable(events: EventLog) -> Iterator[str]:
+    """Check that Messages does not show what became of a message whose outcome is unknown."""
+    for device, records in _kept_macs(events):
+        shown: dict[str, list[str]] = defaultdict(list)
+        for shown_row in records.rows:
+            shown[shown_row.text].append(shown_row.state)
+        for row in last_rows(events, device):
+            if row["outcome"] == "unknown" and shown[row["body"]] in (["sent"], ["failing"]):
+                yield f"row {row['id']} is unknown, and Messages shows it as {shown[row['body']]}"
+
+
+def one_after_a_stop(events: EventLog) -> Iterator[str]:
+    """Check that after an opt-out was recorded, each Mac sends at most the message that it is sending."""
+    for device, count in after_stops(events):
+        if count > 1:
+            yield f"{count} messages went to a person who had opted out, from device {device}"
+
+
+def after_stops(events: EventLog) -> Iterator[tuple[str, int]]:
+    """Yield, for each opt-out and each Mac, how many messages osascript was asked to send to that person after it."""
+    for change in events.changes:
+        if change.table == "opt_outs" and not change.old and change.new:
+            key = change.new["handle_key"]
+            for device, records in events.macs.items():
+                yield device, sum(send.address == key and send.at > change.at for send in records.asked)
 
 
 def jobs_take_turns(events: EventLog) -> Iterator[str]:
@@ -331,6 +427,11 @@ CHECKS: tuple[Check, ...] = (
     limits_hold,
     holds_are_obeyed,
 )
+
+# Of a run with real senders. The last three need the end of the run: until then, a result may be on its way.
+RULES: tuple[Check, ...] = (rows_end_once, items_end_once, one_live_row, jobs_take_turns, limits_hold, holds_are_obeyed)
+MAC_CHECKS: tuple[Check, ...] = (*RULES, nothing_left_twice, one_after_a_stop)
+FINAL_MAC_CHECKS: tuple[Check, ...] = (*MAC_CHECKS, no_false_sent, no_false_failed, unknown_is_undecidable)
 
 
 def violations(events: EventLog, checks: Sequence[Check] = CHECKS) -> list[str]:
