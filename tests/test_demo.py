@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from testing import ROOT, wait_until
 
+pytestmark = pytest.mark.mac  # its device is the sender
+
 COMMAND = [sys.executable, "demo/demo.py", "--clients", "4"]
 
 

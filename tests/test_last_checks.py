@@ -369,6 +369,6 @@ def test_approval_of_a_paused_batch_lapses_too(world: TestData, tick: Callable[[
     tick()
     reasons: dict[str, str | None] = dict(world.quinn("SELECT id, pause_reason FROM outreach_batches"))
     assert reasons == {lapsed: "approval lapsed", fresh: None, draft: None}
-    with pytest.raises(batches.Refused, match="send it again with its digest"):
+    with pytest.raises(batches.Refused, match="send it with its digest"):
         batches.resume(world.databases.quinn, lapsed)
     assert dispatcher.sync(world.databases.quinn, world.databases.icloud)["batches paused"] == 0, "it is told once"
