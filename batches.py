@@ -7,12 +7,12 @@ icloud.send_queue, and reads icloud.opt_outs. Example:
     batches.pause(quinn, icloud, batch_id)
 """
 
+import contextlib
 import logging
 import re
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from datetime import datetime
 from typing import Any, NamedTuple
 
 import db
@@ -301,6 +301,7 @@ def retry(quinn: Connection, batch_id: str, include_unknown: bool = False) -> tu
 
     An item whose outcome is unknown may have been sent: it stays as it is unless that is asked for. Return the batch's
     status, how many items are pending again, and how many have an unknown outcome; None when there is no such batch.
+    Raises Refused to include unknown outcomes that a device may still find out.
     """
     sql = """
         WITH batch AS (
@@ -324,12 +325,14 @@ def retry(quinn: Connection, batch_id: str, include_unknown: bool = False) -> tu
                  WHERE batch_id = %(batch_id)s AND status = 'failed' AND outcome_unknown_at IS NOT NULL)
           FROM batch
     """
+    if include_unknown:
+        _refuse_watched(quinn, batch_id)
     rows = db.query(quinn, sql, {"batch_id": batch_id, "include_unknown": include_unknown})
     return (rows[0][0], rows[0][1], rows[0][2]) if rows else None
 
 
-def watched(quinn: Connection, icloud: Connection, batch_id: str) -> tuple[int, datetime | None]:
-    """Return how many of a batch's unknown outcomes a device may still find out, and until when it tries."""
+def _refuse_watched(quinn: Connection, batch_id: str) -> None:
+    """Raise Refused while a device watches messages of unknown outcome: they may yet leave, and would go twice."""
     unknown = """
         SELECT send_queue_id
           FROM outreach_batch_items
@@ -342,8 +345,12 @@ def watched(quinn: Connection, icloud: Connection, batch_id: str) -> tuple[int, 
     """
     rows = db.query(quinn, unknown, {"batch_id": batch_id})
     ids = [queue_id for (queue_id,) in rows if runtime.is_uuid(queue_id)]  # the column is TEXT
-    [(count, until)] = db.query(icloud, sql, {"ids": ids})
-    return count, until
+    with contextlib.closing(db.connect(db.url("icloud"))) as icloud:
+        [(count, until)] = db.query(icloud, sql, {"ids": ids})
+    if until:
+        what = "1 message, which" if count == 1 else f"{count} messages, which"
+        when = f"{until.astimezone():%Y-%m-%d %H:%M %Z}"
+        raise Refused(409, f"the Mac still watches {what} may yet leave. Try again after {when}")
 
 
 # --- a batch that goes wrong stops itself -------------------------------------------------------------

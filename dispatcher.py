@@ -868,24 +868,18 @@ def run_once(token: str) -> int:
 
 
 def run_retry(batch_id: str, include_unknown: bool = False) -> int:
-    """Make a batch's failed items pending again, between two jobs, and print how many.
-
-    Refuse to include those of unknown outcome while a device may still find out what became of them.
-    """
+    """Make a batch's failed items pending again, between two jobs, and print how many."""
     try:
         with contextlib.closing(db.connect(db.url("quinn"))) as quinn:
             batches.acquire_lock(quinn, stop)
-            if include_unknown and (refusal := refuse_watched(quinn, batch_id)):
-                sys.stderr.write(f"dispatcher.py: nothing was changed: {refusal}\n")
-                return 1
             found = batches.retry(quinn, batch_id, include_unknown)
     except batches.LockTimeout:
         sys.stderr.write(
             f"dispatcher.py: nothing was changed: the dispatcher was busy for {batches.LOCK_WAIT} s; try again\n"
         )
         return 1
-    except psycopg2.Error as error:
-        sys.stderr.write(f"dispatcher.py: nothing was changed: {str(error).strip()}\n")
+    except (batches.Refused, psycopg2.Error) as problem:
+        sys.stderr.write(f"dispatcher.py: nothing was changed: {str(problem).strip()}\n")
         return 1
     if found is None:
         sys.stderr.write(f"dispatcher.py: there is no batch {batch_id}\n")
@@ -898,16 +892,6 @@ def run_retry(batch_id: str, include_unknown: bool = False) -> int:
             f"python dispatcher.py --retry {batch_id} --include-unknown\n"
         )
     return 0
-
-
-def refuse_watched(quinn: Connection, batch_id: str) -> str | None:
-    """Return why a batch's messages of unknown outcome cannot be sent again yet; None if they can."""
-    with contextlib.closing(db.connect(db.url("icloud"))) as icloud:
-        count, until = batches.watched(quinn, icloud, batch_id)
-    if until is None:
-        return None
-    what = "1 message, which" if count == 1 else f"{count} messages, which"
-    return f"the Mac still watches {what} may yet leave. Try again after {until.astimezone():%Y-%m-%d %H:%M %Z}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -470,6 +470,16 @@ def test_resume_says_what_to_check_first(crowd: TestData, text: str, capsys: pyt
     assert batch_status(crowd) == "sending"
 
 
+def test_retry_refuses_a_message_that_may_yet_leave(
+    crowd: TestData, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batch_id = draft(capsys, text)["id"]
+    crowd.watched_outcome(crowd.quinn("SELECT id FROM outreach_batch_items")[0][0])
+    status, _, err = run(capsys, "retry", batch_id, "--include-unknown")
+    assert (status, "the Mac still watches 1 message, which may yet leave. Try again after" in err) == (1, True)
+    assert crowd.statuses() == ["failed"]
+
+
 def test_failed_messages_are_retried(crowd: TestData, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     batch_id = draft(capsys, text)["id"]
     crowd.quinn("UPDATE outreach_batches SET status = 'sent'")

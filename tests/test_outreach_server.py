@@ -168,6 +168,14 @@ def test_the_verbs_change_the_batch_and_say_what_they_withdrew(
     assert "only a paused batch" in refused(call("resume"), 409)
 
 
+def test_retry_refuses_a_message_that_may_yet_leave(owner: ApiClient, world: TestData, drafted: dict[str, Any]) -> None:
+    for (item_id,) in world.quinn("SELECT id FROM outreach_batch_items"):
+        world.watched_outcome(item_id)
+    response = owner.call("POST", f"{BATCH}/retry", {"includeUnknown": True})
+    assert "the Mac still watches 2 messages, which may yet leave" in refused(response, 409)
+    assert world.statuses() == ["failed"] * 2
+
+
 def test_a_retry_waits_for_the_dispatcher_and_then_gives_up(
     owner: ApiClient, databases: Databases, drafted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -210,6 +210,21 @@ class TestData:
     def set_row(self, row_id: str, assignments: str) -> None:
         self.icloud(f"UPDATE icloud.send_queue SET {assignments} WHERE id = %(id)s", id=row_id)
 
+    def watched_outcome(self, item_id: str) -> None:
+        """Let an item have failed with an unknown outcome that a device still watches."""
+        device_id = self.icloud("SELECT id FROM icloud.devices LIMIT 1")
+        row_id = self.row(device_id[0][0] if device_id else self.device(), batch_item_id=item_id)
+        self.set_row(
+            row_id,
+            "status = 'failed', collected_at = now(), outcome = 'unknown', watched_until = now() + interval '1 day'",
+        )
+        sql = """
+            UPDATE outreach_batch_items
+               SET status = 'failed', send_queue_id = %(row_id)s, outcome_unknown_at = now()
+             WHERE id = %(item_id)s
+        """
+        self.quinn(sql, row_id=row_id, item_id=item_id)
+
     def row_columns(self, row_id: str, columns: str) -> Any:
         """Return columns of a message; a single one without a tuple around it."""
         [found] = self.icloud(f"SELECT {columns} FROM icloud.send_queue WHERE id = %(id)s", id=row_id)
