@@ -357,8 +357,10 @@ def people_left_out(
 
 def dry_run(quinn: Connection, icloud: Connection, request: Request, interval: timedelta) -> DryRun:
     """Return what a draft would be; write nothing."""
+    if not request.template:
+        raise Refused(400, NO_TEMPLATE)
     with refusals(), transaction(quinn, is_read_only=True):
-        collector = _collect(quinn, icloud, request, write=None)
+        collector = _collect(quinn, icloud, request, recipients.read_selection(quinn, request.query), write=None)
     result = collector.dry_run()
     result.forecast = forecast_draft(result.items, request, interval)
     return result
@@ -366,18 +368,22 @@ def dry_run(quinn: Connection, icloud: Connection, request: Request, interval: t
 
 def _walk(quinn: Connection, icloud: Connection, request: Request) -> Iterator[Message | LeftOut]:
     selection = recipients.read_selection(quinn, request.query)
-    template = None
-    if request.template:
-        template = templates.parse(request.template, recipients.known_variables(selection.fields), request.vars)
+    template = _parse_template(request, selection) if request.template else None
     return recipients.walk(quinn, icloud, selection, template, request.not_sent_within_days)
 
 
-def _collect(quinn: Connection, icloud: Connection, request: Request, write: Any) -> Collector:
-    """Walk through the people; give `write` the messages of each chunk; return what is shown of them."""
+def _parse_template(request: Request, selection: recipients.Selection) -> templates.Template:
+    """Check a request's text. Raises templates.TemplateError, and Refused if there is none."""
     if not request.template:
         raise Refused(400, NO_TEMPLATE)
-    selection = recipients.read_selection(quinn, request.query)
-    template = templates.parse(request.template, recipients.known_variables(selection.fields), request.vars)
+    return templates.parse(request.template, recipients.known_variables(selection.fields), request.vars)
+
+
+def _collect(
+    quinn: Connection, icloud: Connection, request: Request, selection: recipients.Selection, write: Any
+) -> Collector:
+    """Walk through the people; give `write` the messages of each chunk; return what is shown of them."""
+    template = _parse_template(request, selection)
     collector = Collector(template.variables)
     chunk: list[Message] = []
 
@@ -426,20 +432,21 @@ def draft(
         raise Refused(400, "`id` is missing: choose a UUID for the batch, and repeat the request with the same one")
     batch_id = str(request.id)
     with refusals():
-        query = recipients.read_selection(quinn, request.query).query
-        if _is_written(quinn, request, query):
+        selection = recipients.read_selection(quinn, request.query)
+        values = _stored_values(request, selection.query)
+        if _is_written(quinn, values):
             return _read_draft(quinn, request, interval)
         try:
             with transaction(quinn, is_read_only=False):
-                _insert_batch(quinn, request, query, created_by)
+                _insert_batch(quinn, values, created_by)
                 writer = ItemWriter(quinn, batch_id)
-                shown = _collect(quinn, icloud, request, writer.write).dry_run()
+                shown = _collect(quinn, icloud, request, selection, writer.write).dry_run()
                 if not shown.items:
                     raise Refused(409, f"nobody would get this text; {_count_left_out(shown)}")
                 _finish_draft(quinn, batch_id, shown)
         except (errors.UniqueViolation, errors.LockNotAvailable, errors.SerializationFailure) as error:
             # Another request with this id has written it, or is writing it.
-            if _is_written(quinn, request, query):
+            if _is_written(quinn, values):
                 return _read_draft(quinn, request, interval)
             raise Refused(409, "the same draft is being written by another request: try again in a moment") from error
     return _read_draft(quinn, request, interval)
@@ -465,7 +472,23 @@ class ItemWriter:
             psycopg2.extras.execute_values(cursor, sql, rows, page_size=len(rows))
 
 
-def _insert_batch(quinn: Connection, request: Request, query: dict[str, Any], created_by: str | None) -> None:
+def _stored_values(request: Request, query: dict[str, Any]) -> db.Params:
+    """Return what outreach_batches keeps of a request."""
+    return {
+        "id": str(request.id),
+        "name": request.name,
+        "template": request.template,
+        "vars": json.dumps(request.vars),
+        "query": json.dumps(query),
+        "send_from": request.send_from,
+        "send_until": request.send_until,
+        "first_n": request.first_n,
+        "days": request.not_sent_within_days,
+        "recheck": request.recheck,
+    }
+
+
+def _insert_batch(quinn: Connection, values: db.Params, created_by: str | None) -> None:
     sql = """
         INSERT INTO outreach_batches
                (id, name, status, template, vars, query_json, created_by, send_from, send_until, first_n,
@@ -473,20 +496,7 @@ def _insert_batch(quinn: Connection, request: Request, query: dict[str, Any], cr
         VALUES (%(id)s, %(name)s, 'draft', %(template)s, %(vars)s, %(query)s, %(created_by)s, %(send_from)s,
                 %(send_until)s, %(first_n)s, %(days)s, %(recheck)s)
     """
-    parameters = {
-        "id": str(request.id),
-        "name": request.name,
-        "template": request.template,
-        "vars": json.dumps(request.vars),
-        "query": json.dumps(query),
-        "created_by": created_by,
-        "send_from": request.send_from,
-        "send_until": request.send_until,
-        "first_n": request.first_n,
-        "days": request.not_sent_within_days,
-        "recheck": request.recheck,
-    }
-    db.query(quinn, sql, parameters)
+    db.query(quinn, sql, {**values, "created_by": created_by})
 
 
 def _finish_draft(quinn: Connection, batch_id: str, shown: DryRun) -> None:
@@ -497,7 +507,7 @@ def _finish_draft(quinn: Connection, batch_id: str, shown: DryRun) -> None:
     db.query(quinn, sql, {"id": batch_id, "digest": shown.digest, "preview": preview})
 
 
-def _is_written(quinn: Connection, request: Request, query: dict[str, Any]) -> bool:
+def _is_written(quinn: Connection, values: db.Params) -> bool:
     """Return whether the batch is there, from the same request. Raises Refused if it is another one."""
     sql = """
         SELECT digest IS NOT NULL
@@ -510,21 +520,9 @@ def _is_written(quinn: Connection, request: Request, query: dict[str, Any]) -> b
           FROM outreach_batches
          WHERE id = %(id)s
     """
-    parameters = {
-        "id": str(request.id),
-        "name": request.name,
-        "template": request.template,
-        "vars": json.dumps(request.vars),
-        "query": json.dumps(query),
-        "send_from": request.send_from,
-        "send_until": request.send_until,
-        "days": request.not_sent_within_days,
-        "recheck": request.recheck,
-        "first_n": request.first_n,
-    }
-    rows = db.query(quinn, sql, parameters)
+    rows = db.query(quinn, sql, values)
     if rows and not rows[0][0]:
-        raise Refused(409, f"there is another batch with the id {request.id}: choose a new id for another request")
+        raise Refused(409, f"there is another batch with the id {values['id']}: choose a new id for another request")
     return bool(rows)
 
 
