@@ -290,19 +290,13 @@ def add_to_digest(digest: Any, handle_key: str, body: str) -> None:
 
 @contextlib.contextmanager
 def transaction(conn: Connection, is_read_only: bool) -> Iterator[None]:
-    """Open a transaction that sees one state of the database; commit it, or roll it back after an exception."""
-    conn.set_session(isolation_level="REPEATABLE READ", readonly=is_read_only, autocommit=False)
-    try:
+    """Open a transaction that sees one state of the database, for a cursor over many clients."""
+    with db.transaction(conn, "REPEATABLE READ", is_read_only):
         if is_read_only:
             db.query(conn, f"SET LOCAL statement_timeout = '{recipients.SEARCH_TIMEOUT}'")
         # A cursor's plan is otherwise one for its first rows: over a million clients it would follow the primary key.
         db.query(conn, "SET LOCAL cursor_tuple_fraction = 1")
         yield
-        conn.commit()
-    finally:
-        if not conn.closed:
-            conn.rollback()
-            conn.set_session(isolation_level="DEFAULT", readonly=False, autocommit=True)
 
 
 @contextlib.contextmanager

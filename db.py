@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -187,6 +187,22 @@ def query(conn: psycopg2.extensions.connection, sql: str, params: Params | None 
     with conn.cursor() as cursor:
         cursor.execute(sql, params)
         return cursor.fetchall() if cursor.description else []
+
+
+@contextlib.contextmanager
+def transaction(
+    conn: psycopg2.extensions.connection, isolation_level: str = "READ COMMITTED", is_read_only: bool = False
+) -> Iterator[None]:
+    """Run the statements of an autocommit connection in one transaction; roll it back after an exception."""
+    conn.set_session(isolation_level=isolation_level, readonly=is_read_only, autocommit=False)
+    try:
+        yield
+        conn.commit()
+    finally:
+        if not conn.closed:
+            with contextlib.suppress(psycopg2.Error):  # the connection is lost, and the first error says so
+                conn.rollback()
+                conn.set_session(isolation_level="DEFAULT", readonly=False, autocommit=True)
 
 
 class RetryingConnection(threading.local):

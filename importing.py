@@ -571,15 +571,9 @@ class Job(NamedTuple):
 @contextlib.contextmanager
 def _transaction(quinn: Connection, isolation: str) -> Iterator[None]:
     """Run statements in one transaction, without the time-out of statements: a large file needs longer."""
-    db.query(quinn, f"BEGIN ISOLATION LEVEL {isolation}; SET LOCAL statement_timeout = 0")
-    try:
+    with db.transaction(quinn, isolation):
+        db.query(quinn, "SET LOCAL statement_timeout = 0")
         yield
-        db.query(quinn, "COMMIT")
-    except BaseException:
-        if not quinn.closed:
-            with contextlib.suppress(psycopg2.Error):
-                db.query(quinn, "ROLLBACK")
-        raise
 
 
 def _copy_opt_outs(quinn: Connection, icloud: Connection) -> None:

@@ -5,9 +5,7 @@ Used by outreach_server.py. Touches outreach_settings in quinn, and reads icloud
     settings.change(quinn, icloud, settings.Changes(paused=True))
 """
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -97,7 +95,7 @@ def change(quinn: Connection, icloud: Connection, changes: Changes) -> Settings:
          WHERE id = 1
     """
     given = {name: value for name in changes.__struct_fields__ if (value := getattr(changes, name)) is not UNSET}
-    with _transaction(quinn):
+    with db.transaction(quinn):
         before = read(quinn, is_locked=True)
         after = msgspec.structs.replace(before, **given)
         _check(icloud, after, set(given))
@@ -128,15 +126,3 @@ def _check(icloud: Connection, after: Settings, given: set[str]) -> None:
         if not runtime.is_uuid(after.device_id) or after.device_id.lower() not in known:
             listed = ", ".join(f"{name} ({device_id})" for device_id, name in known.items()) or "none yet"
             raise SettingsRefused(f"deviceId is not the id of a device; the devices are: {listed}")
-
-
-@contextlib.contextmanager
-def _transaction(quinn: Connection) -> Iterator[None]:
-    """Run statements of an autocommit connection as one transaction."""
-    quinn.autocommit = False
-    try:
-        with quinn:
-            yield
-    finally:
-        if not quinn.closed:
-            quinn.autocommit = True
