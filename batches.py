@@ -25,6 +25,8 @@ LOCK_WAIT = 10  # seconds to wait for another process that holds it
 LOCK_HOLDERS = (
     "SELECT pid, client_addr FROM pg_stat_activity JOIN pg_locks USING (pid) WHERE locktype = 'advisory'"  # to be shown
 )
+LAPSED = "approval lapsed"  # a pause_reason
+PAST_ITS_TIME = "its time to be sent was over"  # why an item is skipped
 
 Connection = Any  # psycopg2's connection
 logger = logging.getLogger("outreach-dispatcher")
@@ -51,6 +53,10 @@ class Changed(NamedTuple):
     withdrawn: int
     beyond_recall: int
 
+    def as_data(self) -> dict[str, str | int]:
+        """Return it as the owner's API and command line write it in JSON."""
+        return {"status": self.status, "withdrawn": self.withdrawn, "beyondRecall": self.beyond_recall}
+
 
 class LockTimeout(Exception):
     """Another process held the dispatcher's lock for LOCK_WAIT seconds, or this one is stopping."""
@@ -59,7 +65,7 @@ class LockTimeout(Exception):
 def acquire_lock(quinn: Connection, stop: threading.Event) -> None:
     """Take the dispatcher's lock for this connection: one process at a time runs a job. Raises LockTimeout."""
     end = time.monotonic() + LOCK_WAIT
-    while not db.query(quinn, "SELECT pg_try_advisory_lock(hashtext(%(name)s))", {"name": LOCK})[0][0]:
+    while not db.try_lock(quinn, LOCK):
         if time.monotonic() > end or stop.wait(0.1):
             raise LockTimeout
 
@@ -172,13 +178,9 @@ def resume(quinn: Connection, batch_id: str) -> Changed:
                 409, "its approval has lapsed, or there is none: look at the batch again, and send it with its digest"
             )
         if status != "sending":
-            raise Refused(409, f"the batch is {status}: only a paused batch can be resumed{START.get(status, '')}")
+            remedy = "; a draft is started with send" if status == "draft" else ""
+            raise Refused(409, f"the batch is {status}: only a paused batch can be resumed{remedy}")
     return Changed("sending", 0, 0)
-
-
-START = {"draft": "; a draft is started with send"}
-LAPSED = "approval lapsed"  # a pause_reason, too
-PAST_ITS_TIME = "its time to be sent was over"
 
 
 def check_first(pause_reason: str | None) -> str | None:

@@ -189,6 +189,11 @@ def query(conn: psycopg2.extensions.connection, sql: str, params: Params | None 
         return cursor.fetchall() if cursor.description else []
 
 
+def try_lock(conn: psycopg2.extensions.connection, name: str) -> bool:
+    """Take the advisory lock of this name if it is free; return whether. Closing the connection releases it."""
+    return bool(query(conn, "SELECT pg_try_advisory_lock(hashtext(%(name)s))", {"name": name})[0][0])
+
+
 @contextlib.contextmanager
 def transaction(
     conn: psycopg2.extensions.connection, isolation_level: str = "READ COMMITTED", is_read_only: bool = False
@@ -373,9 +378,8 @@ def _wait_for_other_migrations(conn: psycopg2.extensions.connection) -> None:
     Poll for the lock. A statement that waits for it would hold a snapshot. CREATE INDEX CONCURRENTLY of the other
     migration would wait for that snapshot: a deadlock.
     """
-    sql = "SELECT pg_try_advisory_lock(hashtext('schema.sql'))"
     for tries in itertools.count(1):
-        if query(conn, sql)[0][0]:
+        if try_lock(conn, "schema.sql"):
             return
         if tries == 20:
             logger.warning("waiting for another migration, which has been running for 2 s")

@@ -754,7 +754,7 @@ CHANGED = "the clients have changed since this was planned, so nothing is import
 def _acquire_lock(quinn: Connection) -> None:
     """Let one import at a time write. Raises ImportRefused."""
     end = time.monotonic() + LOCK_WAIT
-    while not db.query(quinn, "SELECT pg_try_advisory_lock(hashtext(%(name)s))", {"name": LOCK})[0][0]:
+    while not db.try_lock(quinn, LOCK):
         if time.monotonic() > end:
             raise ImportRefused("another import is running: wait for its end, then run the same command again", 409)
         time.sleep(0.1)

@@ -373,12 +373,8 @@ def take_back(terminal: Terminal, changed: batches.Changed) -> int:
     if changed.beyond_recall:
         late = f" {count(changed.beyond_recall, 'message')} cannot be taken back: a Mac has collected them."
     terminal.show(f"The batch is {changed.status}. {count(changed.withdrawn, 'message')} {verb} taken back.{late}")
-    terminal.write_json(_changed(changed))
+    terminal.write_json(changed.as_data())
     return 0
-
-
-def _changed(changed: batches.Changed) -> dict[str, Any]:
-    return {"status": changed.status, "withdrawn": changed.withdrawn, "beyondRecall": changed.beyond_recall}
 
 
 def resume_command(terminal: Terminal, arguments: argparse.Namespace) -> int:
@@ -392,7 +388,7 @@ def resume_command(terminal: Terminal, arguments: argparse.Namespace) -> int:
                 return 1
         changed = batches.resume(quinn, arguments.batch)
     terminal.show("It is being sent again. To see how it goes: python status.py")
-    terminal.write_json(_changed(changed))
+    terminal.write_json(changed.as_data())
     return 0
 
 
