@@ -160,17 +160,17 @@ def send(api: Api, quinn: Connection, icloud: Connection, batch_id: str) -> obje
 
 def pause(api: Api, quinn: Connection, icloud: Connection, batch_id: str) -> object:
     """POST pause: stop a batch, and withdraw what no device has collected."""
-    return _changed(batches.pause(quinn, icloud, _batch_id(batch_id)))
+    return batches.pause(quinn, icloud, _batch_id(batch_id)).as_data()
 
 
 def resume(api: Api, quinn: Connection, icloud: Connection, batch_id: str) -> object:
     """POST resume: go on with a batch that is paused and approved."""
-    return _changed(batches.resume(quinn, _batch_id(batch_id)))
+    return batches.resume(quinn, _batch_id(batch_id)).as_data()
 
 
 def cancel(api: Api, quinn: Connection, icloud: Connection, batch_id: str) -> object:
     """POST cancel: end a batch for good, and withdraw what no device has collected."""
-    return _changed(batches.cancel(quinn, icloud, _batch_id(batch_id)))
+    return batches.cancel(quinn, icloud, _batch_id(batch_id)).as_data()
 
 
 def retry(api: Api, quinn: Connection, icloud: Connection, batch_id: str) -> object:
@@ -186,10 +186,6 @@ def retry(api: Api, quinn: Connection, icloud: Connection, batch_id: str) -> obj
         serving.abort(404, f"there is no batch {batch_id}")
     status, pending, unknown = found
     return {"status": status, "pending": pending, "unknown": unknown}
-
-
-def _changed(change: batches.Changed) -> object:
-    return {"status": change.status, "withdrawn": change.withdrawn, "beyondRecall": change.beyond_recall}
 
 
 # --- settings, status, clients ------------------------------------------------------------------------
@@ -333,12 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     interval = timedelta(seconds=runtime.env_int("DISPATCH_INTERVAL_SECONDS", 30))
     handles.default_region()
     app = make_app(Api(token, db.url("quinn"), db.url("icloud"), interval))
-    try:
-        sockets = serving.systemd_sockets() or [serving.listen(host, port)]
-    except OSError as error:
-        raise runtime.ConfigError(
-            f"cannot listen on {host}:{port}: {error}; set OUTREACH_HOST and OUTREACH_PORT to a free address"
-        ) from None
+    sockets = serving.open_sockets(host, port, "OUTREACH_HOST and OUTREACH_PORT")
     upload = serving.Upload(CLIENTS, UPLOAD_LIMIT, token)
     return serving.serve("outreach-server", app, sockets, serving.THREADS, upload)
 

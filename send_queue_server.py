@@ -770,12 +770,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     threads = runtime.env_int("SEND_QUEUE_THREADS", serving.THREADS, highest=64)
     handles.default_region()
     app = make_app(db.RetryingConnection(db.url("icloud")), token)
-    try:
-        sockets = serving.systemd_sockets() or [serving.listen(host, port)]
-    except OSError as error:
-        raise runtime.ConfigError(
-            f"cannot listen on {host}:{port}: {error}; set SEND_QUEUE_HOST and SEND_QUEUE_PORT to a free address"
-        ) from None
+    sockets = serving.open_sockets(host, port, "SEND_QUEUE_HOST and SEND_QUEUE_PORT")
     return serving.serve("send-queue-server", app, sockets, threads)
 
 

@@ -325,6 +325,16 @@ def systemd_sockets() -> list[socket.socket]:
     return sockets
 
 
+def open_sockets(host: str, port: int, variables: str) -> list[socket.socket]:
+    """Return systemd's sockets, else one that listens. Raises runtime.ConfigError, which names the `variables`."""
+    try:
+        return systemd_sockets() or [listen(host, port)]
+    except OSError as error:
+        raise runtime.ConfigError(
+            f"cannot listen on {host}:{port}: {error}; set {variables} to a free address"
+        ) from None
+
+
 # --- an application: tokens, bodies, errors ---------------------------------------------------------------------------
 
 
