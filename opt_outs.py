@@ -86,7 +86,7 @@ def record(
     `received_at`: when the person said so, if that was not now. An opt-out that came as a reply is replaced, because a
     reply of START would end it.
     """
-    if not handles.is_handle(handle.strip()):
+    if not _is_handle(handle):
         raise OptOutError(f"{handle!r} is neither a phone number nor an e-mail address")
     [recorded] = record_all(quinn, icloud, [(handle.strip(), word, received_at)], "owner")
     logger.info("opt-out recorded source=owner to=%s new=%s", handles.mask_handle(recorded.key), recorded.is_new)
@@ -98,8 +98,8 @@ def import_list(quinn: Connection, icloud: Connection, entries: Iterable[tuple[i
     new, known, bad = 0, 0, []
     remaining = iter(entries)
     while chunk := list(islice(remaining, CHUNK)):
-        bad += [BadLine(line, text) for line, text, _ in chunk if not handles.is_handle(text.strip())]
-        good = [(text.strip(), word, None) for _, text, word in chunk if handles.is_handle(text.strip())]
+        bad += [BadLine(line, text) for line, text, _ in chunk if not _is_handle(text)]
+        good = [(text.strip(), word, None) for _, text, word in chunk if _is_handle(text)]
         recorded = record_all(quinn, icloud, good, "import") if good else []
         new += sum(one.is_new for one in recorded)
         known += sum(not one.is_new for one in recorded)
@@ -307,7 +307,7 @@ def assign(quinn: Connection, icloud: Connection, handle: str, client_id: str) -
     """
     opted_out = "SELECT id FROM icloud.opt_outs WHERE handle_key = %(key)s AND ended_at IS NULL"
     key = handles.key(handle.strip())
-    if not handles.is_handle(handle.strip()):
+    if not _is_handle(handle):
         raise OptOutError(f"{handle!r} is neither a phone number nor an e-mail address")
     is_new = key not in {handles.key(other) for (other,) in db.query(quinn, known, {"client_id": client_id})}
     if is_new:

@@ -273,10 +273,11 @@ def _rows_of(quinn: Connection, icloud: Connection, person: Person, item_ids: Co
            AND (handle_key IS NULL OR handle_key = ANY (%(keys)s) OR batch_item_id = ANY (%(items)s::uuid[]))
     """
     rows = db.query(icloud, sql, {"keys": person.keys, "items": list(item_ids)})
+    own_items = set(item_ids)
     mine = [
         (row_id, item_id)
         for row_id, to_handle, key, item_id in rows
-        if item_id in set(item_ids) or (key or handles.key(to_handle)) in person.keys
+        if item_id in own_items or (key or handles.key(to_handle)) in person.keys
     ]
     waiting = _in_flight(quinn, [item_id for _, item_id in mine if item_id])
     return [row_id for row_id, item_id in mine if item_id not in waiting]

@@ -59,7 +59,8 @@ def owner_token() -> str:
     """Return OUTREACH_OWNER_TOKEN. Raises ConfigError if it is unset, too short or not visible ASCII."""
     token = os.environ.get("OUTREACH_OWNER_TOKEN") or ""
     if not _is_good_token(token):
-        problem = "must have at least 16 characters, all of them visible ASCII" if token else "is not set"
+        wanted = f"must have at least {TOKEN_LENGTH} characters, all of them visible ASCII"
+        problem = wanted if token else "is not set"
         raise ConfigError(f"OUTREACH_OWNER_TOKEN {problem}: make one with `openssl rand -hex 24`")
     if token == os.environ.get("MAC_SYNC_SERVICE_TOKEN"):
         raise ConfigError(
