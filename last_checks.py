@@ -33,11 +33,13 @@ class Rules(NamedTuple):
     """What a composed batch asks of its items. `query`: None if they need not match it any more.
 
     `days`: skip who was written to in so many. `ends_at`: send_until or the end of the approval, the earlier one.
+    `fields`: the columns of `clients`, which are read once for all batches.
     """
 
     query: dict[str, Any] | None
     days: int | None
     ends_at: datetime | None
+    fields: client_fields.Fields
 
 
 class Person(NamedTuple):
@@ -59,7 +61,10 @@ def read_rules(quinn: Connection, batch_ids: Sequence[str]) -> dict[str, Rules]:
          WHERE settings.id = 1 AND batch.id = ANY (%(ids)s::uuid[]) AND digest IS NOT NULL
     """
     rows = db.query(quinn, sql, {"ids": list(batch_ids)}) if batch_ids else []
-    return {batch_id: Rules(*rest) for batch_id, *rest in rows}
+    if not rows:
+        return {}
+    fields = client_fields.read_columns(quinn)
+    return {batch_id: Rules(query, days, ends_at, fields) for batch_id, query, days, ends_at in rows}
 
 
 def check(
@@ -72,18 +77,17 @@ def check(
     reasons: dict[str, str] = {}
     broken: dict[str, str] = {}
     composed = sorted((person for person in people if person.batch_id in rules), key=lambda person: person.batch_id)
-    fields = client_fields.read_columns(quinn) if composed else None
     for batch_id, group in itertools.groupby(composed, key=lambda person: person.batch_id):
         asked, members = rules[batch_id], list(group)
+        ids = [each.client_id for each in members]
         try:
-            matching = audience.matching(quinn, asked.query, [each.client_id for each in members], fields) \
-                if asked.query else None  # fmt: skip
+            matching = audience.matching(quinn, asked.query, ids, asked.fields) if asked.query else None
         except (audience.QueryError, psycopg2.Error) as error:
             broken[batch_id] = _failure(error)
             continue
         written: tuple[set[str], set[str]] = (set(), set())
         if asked.days:
-            ids, keys = [each.client_id for each in members], [each.handle_key or "" for each in members]
+            keys = [each.handle_key or "" for each in members]
             item_ids = [each.item_id for each in members]
             written = batches.written_to(quinn, ids, keys, asked.days, with_claimed, item_ids)
         for each in members:
