@@ -29,10 +29,12 @@ from typing import Any, NoReturn
 
 import psycopg2
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "mac"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import fake_messages
+import mac_folder
 import proxy
 
 import db
@@ -251,18 +253,11 @@ def last_handle(conn: Any, batch: str) -> str:
 
 def start_mac(children: Children, directory: Path, url: str, token: str) -> fake_messages.Messages:
     """Start the stand-in for Messages and the sender; return the stand-in."""
-    home = directory / "home"
-    home.mkdir(parents=True)
-    programs = fake_messages.make_mac(directory)
-    config = {
-        **programs, "url": url, "token": token, "hardware_uuid": fake_messages.HARDWARE_UUID, "uid": os.getuid(),
-        "installed_at": time.time() - 60, "poll_seconds": 0.3, "pause_seconds": 0, "ceiling_per_hour": 1000,
-        "ceiling_per_day": 1000,
-    }  # fmt: skip
-    (home / "config.json").write_text(json.dumps(config))
-    messages = fake_messages.Messages(directory)
+    mac_folder.make(directory, url, token)
+    messages = mac_folder.messages(directory)
     messages.expect(fake_messages.sent(after=0.05), times=None)
-    children.launch("stand-in for Messages", directory / "app.log", "tools/fake_messages.py", "app", str(directory))
+    home = directory / "home"
+    children.launch("stand-in for Messages", directory / "app.log", *mac_folder.app_command(directory))
     children.launch("sender", directory / "sender.log", "mac/mac_sender.py", "--home", str(home), "run")
     return messages
 

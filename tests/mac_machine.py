@@ -20,14 +20,12 @@ from typing import Any, NamedTuple
 
 import contract_server
 import fake_messages
+import mac_folder
 
 ROOT = Path(__file__).parent.parent
 SENDER = ROOT / "mac/mac_sender.py"
 DOOMED = ROOT / "tools/doomed_sender.py"
 TOKEN = "device-token-0123456789"
-CONSTANTS = {
-    "NO_ROW_SECONDS": 2, "SETTLE_SECONDS": 1.5, "BACK_OFF_SECONDS": [0.05, 0.4], "KILL_SECONDS": 6, "PROBE_SECONDS": 1,
-}  # fmt: skip
 
 
 @functools.cache
@@ -51,11 +49,7 @@ class Machine:
         self.server = contract_server.ContractServer(TOKEN)
         self.programs = fake_messages.make_mac(path / "mac")
         self.messages = fake_messages.Messages(path / "mac")
-        self.settings = {
-            **self.programs, "url": self.server.url, "token": TOKEN, "hardware_uuid": fake_messages.HARDWARE_UUID,
-            "uid": os.getuid(), "installed_at": time.time() - 60, "poll_seconds": 0.1, "pause_seconds": 0,
-            "ceiling_per_hour": 10**6, "ceiling_per_day": 10**6, **settings,
-        }  # fmt: skip
+        self.settings = mac_folder.config(self.programs, **{"url": self.server.url, "token": TOKEN, **settings})
         (self.home / "config.json").write_text(json.dumps(self.settings))
         self.processes: list[subprocess.Popen[bytes]] = []
         self.app = self.start_app()
@@ -78,7 +72,7 @@ class Machine:
 
     def start(self, *arguments: str, script: Path = DOOMED, **environment: str) -> subprocess.Popen[bytes]:
         """Start the sender in a process of its own."""
-        values = {"CONSTANTS": json.dumps(CONSTANTS), "STEPS": str(self.path / "steps.txt"), **environment}
+        values = {**mac_folder.ENVIRONMENT, "STEPS": str(self.path / "steps.txt"), **environment}
         command = [mac_python(), str(script), "--home", str(self.home), *(arguments or ("run",))]
         with (self.path / "stderr.txt").open("ab") as stderr:
             process = subprocess.Popen(

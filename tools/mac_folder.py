@@ -1,8 +1,8 @@
 """Make the folder of a Mac with the real sender over fake_messages.py, and read what really left it.
 
-Used by the demo and by chaos.py. Two processes run over a folder: Messages (`APP`) and the sender (`SENDER`). Three
-records tell what happened: the stand-in's own book (what left), chat.db (what Messages shows), and the sender's journal
-(what the sender believes). Example:
+Used by the demo, by chaos.py and by the tests' machine. Two processes run over a folder: Messages (`APP`) and the
+sender (`SENDER`). Three records tell what happened: the stand-in's own book (what left), chat.db (what Messages shows),
+and the sender's journal (what the sender believes). Example:
 
     mac_folder.make(path, "http://127.0.0.1:3201", token); ...
     mac_folder.read(path).left
@@ -64,17 +64,21 @@ class Records(NamedTuple):
 
 
 def make(path: Path, url: str, token: str, uuid: str = fake_messages.HARDWARE_UUID, **settings: Any) -> None:
-    """Make the Mac's folder, with config.json as `install` writes it. Polls and pauses are short."""
+    """Make the Mac's folder, with config.json as `install` writes it."""
     programs = fake_messages.make_mac(path / "mac")
     (path / "mac/ioreg.txt").write_text(f'    | |   "IOPlatformUUID" = "{uuid}"\n')
     (path / "home").mkdir()
-    values = {
-        **programs, "url": url, "token": token, "hardware_uuid": uuid, "uid": os.getuid(),
+    mac_sender.write_config(path / "home", config(programs, url, token, hardware_uuid=uuid, **settings))
+    messages(path).close()  # makes the book
+
+
+def config(programs: dict[str, Any], url: str, token: str, **settings: Any) -> dict[str, Any]:
+    """Return the values of config.json. Polls and pauses are short, and no ceiling is near."""
+    return {
+        **programs, "url": url, "token": token, "hardware_uuid": fake_messages.HARDWARE_UUID, "uid": os.getuid(),
         "installed_at": time.time() - 60, "poll_seconds": 0.1, "pause_seconds": 0, "ceiling_per_hour": 10**6,
         "ceiling_per_day": 10**6, **settings,
     }  # fmt: skip
-    mac_sender.write_config(path / "home", values)
-    messages(path).close()  # makes the book
 
 
 def messages(path: Path) -> fake_messages.Messages:
