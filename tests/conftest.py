@@ -24,6 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import bottle
 import hypothesis
 import pytest
 import responses
@@ -217,18 +218,25 @@ def world(databases: Databases) -> TestData:
     return TestData(databases)
 
 
-@pytest.fixture
-def base_url(databases: Databases) -> Iterator[str]:
-    """The send queue server on a real socket, in a thread of this process, over the test's databases."""
-    app = send_queue_server.make_app(db.RetryingConnection(databases.icloud_url), SERVICE_TOKEN)
+@contextlib.contextmanager
+def running_server(app: bottle.Bottle, upload: serving.Upload | None = None) -> Iterator[str]:
+    """Serve on a free port, in a thread of this process; yield the URL."""
     listening = serving.listen("127.0.0.1", 0)
-    server = serving.Server(app, [listening], threads=4)
+    server = serving.Server(app, [listening], threads=4, upload=upload)
     thread = threading.Thread(target=server.run)
     thread.start()
     yield f"http://127.0.0.1:{listening.getsockname()[1]}"
     server.stop()
     thread.join()
     server.close()
+
+
+@pytest.fixture
+def base_url(databases: Databases) -> Iterator[str]:
+    """The send queue server on a real socket, over the test's databases."""
+    app = send_queue_server.make_app(db.RetryingConnection(databases.icloud_url), SERVICE_TOKEN)
+    with running_server(app) as url:
+        yield url
 
 
 @pytest.fixture
@@ -259,17 +267,11 @@ def admin(base_url: str) -> ApiClient:
 
 @pytest.fixture
 def owner_url(databases: Databases) -> Iterator[str]:
-    """The outreach server on a real socket, in a thread of this process, over the test's databases."""
+    """The outreach server on a real socket, over the test's databases."""
     api = outreach_server.Api(OWNER_TOKEN, databases.quinn_url, databases.icloud_url, timedelta(seconds=30))
-    listening = serving.listen("127.0.0.1", 0)
     upload = serving.Upload(outreach_server.CLIENTS, outreach_server.UPLOAD_LIMIT, OWNER_TOKEN)
-    server = serving.Server(outreach_server.make_app(api), [listening], threads=4, upload=upload)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server.stop()
-    thread.join()
-    server.close()
+    with running_server(outreach_server.make_app(api), upload) as url:
+        yield url
 
 
 @pytest.fixture
