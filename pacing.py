@@ -9,13 +9,14 @@ All datetimes are aware, and `now` is the database's. Example:
 """
 
 import bisect
+import contextlib
 import functools
 import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from zoneinfo import ZoneInfo
 
 import db
@@ -38,6 +39,7 @@ SHORT_HOLD = timedelta(minutes=2)  # a shorter hold is a normal pause between tw
 MISSED_TICKS = 3
 HEARTBEAT_GRACE = timedelta(seconds=10)
 
+T = TypeVar("T")
 logger = logging.getLogger("outreach-dispatcher")
 
 
@@ -449,6 +451,13 @@ def quiet_hours_problem(start: str | None, end: str | None, zone: str | None) ->
     if is_same:
         return "start and end are the same, which means no quiet hours; to stop sending use paused = true"
     return None
+
+
+def zone_of(name: str | None, otherwise: T) -> ZoneInfo | T:
+    """Return the time zone with an IANA name; `otherwise` if there is none of this name."""
+    with contextlib.suppress(ValueError, KeyError, OSError):  # the last two are ZoneInfo's, for an unknown name
+        return ZoneInfo(name) if name else otherwise
+    return otherwise
 
 
 def _minute_of_day(text: str) -> int:

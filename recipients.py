@@ -22,6 +22,7 @@ import audience
 import batches
 import db
 import handles
+import pacing
 import templates
 from client_fields import Fields
 
@@ -111,7 +112,7 @@ def walk(
             recent = batches.written_to(quinn, [person.client_id for person in people], list(keys.values()), days)
         for person in people:
             reason, detail = excluded(person, keys, opted_out, seen, recent)
-            message = None if reason else compose(person, keys, template, zone_of(person.time_zone, sender_zone))
+            message = None if reason else compose(person, keys, template, pacing.zone_of(person.time_zone, sender_zone))
             if isinstance(message, Message):
                 seen.add(message.handle_key)
                 yield message
@@ -192,12 +193,5 @@ def read_sender_zone(quinn: Connection) -> tzinfo:
     rows = db.query(quinn, "SELECT quiet_hours_tz FROM outreach_settings WHERE id = 1")
     name = rows[0][0] if rows else None
     with contextlib.suppress(OSError, ValueError), open("/etc/localtime", "rb") as file:
-        return zone_of(name, ZoneInfo.from_file(file, key="localtime"))
-    return zone_of(name, UTC)
-
-
-def zone_of(name: str | None, otherwise: tzinfo) -> tzinfo:
-    """Return the time zone with an IANA name; `otherwise` if there is none of this name."""
-    with contextlib.suppress(ValueError, KeyError, OSError):  # ZoneInfo's, for an unknown name
-        return ZoneInfo(name) if name else otherwise
-    return otherwise
+        return pacing.zone_of(name, ZoneInfo.from_file(file, key="localtime"))
+    return pacing.zone_of(name, UTC)

@@ -8,9 +8,8 @@ writes nothing; the holds are pacing's, the ones that the dispatcher obeys. Exam
 
 import contextlib
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta, tzinfo
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, TypeVar
-from zoneinfo import ZoneInfo
 
 import msgspec
 import psycopg2
@@ -390,9 +389,7 @@ class LocalTimeFormatter:
 
     def __init__(self, now: datetime, zone: str | None) -> None:
         self.now = now
-        self.zone: tzinfo | None = None
-        with contextlib.suppress(ValueError, KeyError, OSError):  # ZoneInfo's, for an unknown name
-            self.zone = ZoneInfo(zone) if zone else None
+        self.zone = pacing.zone_of(zone, None)
         self.name = zone if self.zone else now.astimezone().tzname()
 
     def at(self, moment: datetime) -> str:
