@@ -21,7 +21,7 @@ import fake_messages as messages
 import pytest
 from helpers import run_script, run_sql
 from mac_machine import DOOMED, Machine
-from replicated_postgres import ReplicatedPostgres, replicated_postgres
+from replicated_postgres import ReplicatedPostgres, migrated_pair, replicated_postgres
 from test_docs import code_blocks, run
 from testing import ROOT, Databases, Script, TestData, free_port, wait_until
 
@@ -293,18 +293,9 @@ def test_icloud_restored_from_a_dump_of_an_hour_ago(site: Site) -> None:
 
 @pytest.mark.faults
 def test_failover_to_an_asynchronous_standby_that_lost_the_last_transactions(start: Start, tmp_path: Path) -> None:
-    with replicated_postgres(is_synchronous=False) as postgres:
-        urls = {part: postgres.url(part) for part in db.URL_VARIABLES}
-        for part, url in urls.items():
-            postgres.primary.run(f"CREATE DATABASE {part}")
-            db.migrate(url, part)
-        with (
-            contextlib.closing(db.connect(urls["quinn"])) as quinn,
-            contextlib.closing(db.connect(urls["icloud"])) as icloud,
-        ):
-            data = TestData(Databases(urls["quinn"], urls["icloud"], quinn, icloud))
-            for site in running_site(Site(data, start, tmp_path)):
-                lose_transactions(site, postgres)
+    with replicated_postgres(is_synchronous=False) as postgres, migrated_pair(postgres) as data:
+        for site in running_site(Site(data, start, tmp_path)):
+            lose_transactions(site, postgres)
 
 
 def lose_transactions(site: Site, postgres: ReplicatedPostgres) -> None:

@@ -13,8 +13,8 @@ import event_log
 import pytest
 import simulated_mac
 from event_log import EventLog
-from replicated_postgres import ReplicatedPostgres, replicated_postgres
-from testing import Databases, Script, TestData, wait_until
+from replicated_postgres import ReplicatedPostgres, migrated_pair, replicated_postgres
+from testing import Script, TestData, wait_until
 
 import db
 
@@ -37,15 +37,8 @@ def postgres_pair() -> Iterator[ReplicatedPostgres]:
 @pytest.fixture
 def data(postgres_pair: ReplicatedPostgres) -> Iterator[TestData]:
     """Both databases on the primary, migrated, over URLs that name both servers."""
-    urls = {part: postgres_pair.url(part) for part in db.URL_VARIABLES}
-    for part, url in urls.items():
-        postgres_pair.primary.run(f"CREATE DATABASE {part}")
-        db.migrate(url, part)
-    with (
-        contextlib.closing(db.connect(urls["quinn"])) as quinn,
-        contextlib.closing(db.connect(urls["icloud"])) as icloud,
-    ):
-        yield TestData(Databases(urls["quinn"], urls["icloud"], quinn, icloud))
+    with migrated_pair(postgres_pair) as data:
+        yield data
 
 
 # --- a killed primary ---------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from testing import free_port, kill_postgres, wait_until
+from testing import Databases, TestData, free_port, kill_postgres, wait_until
 
 import db
 
@@ -130,3 +130,17 @@ def replicated_postgres(is_synchronous: bool = True) -> Iterator[ReplicatedPostg
             yield postgres
         finally:
             postgres.kill()
+
+
+@contextlib.contextmanager
+def migrated_pair(postgres: ReplicatedPostgres) -> Iterator[TestData]:
+    """Make both databases on the primary, migrated, over URLs that name both servers."""
+    urls = {part: postgres.url(part) for part in db.URL_VARIABLES}
+    for part, url in urls.items():
+        postgres.primary.run(f"CREATE DATABASE {part}")
+        db.migrate(url, part)
+    with (
+        contextlib.closing(db.connect(urls["quinn"])) as quinn,
+        contextlib.closing(db.connect(urls["icloud"])) as icloud,
+    ):
+        yield TestData(Databases(urls["quinn"], urls["icloud"], quinn, icloud))
