@@ -32,6 +32,7 @@ GROUPS = {
         http_rows.queue_history,
         http_rows.prepared,
         dispatch_rows.tick,
+        dispatch_rows.night,
         dispatch_rows.stale_statistics,
         dispatch_rows.item_history,
         dispatch_rows.bulk,

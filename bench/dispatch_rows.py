@@ -7,7 +7,9 @@ import functools
 import math
 import time
 import uuid
+import zoneinfo
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from statistics import median
 
 import product
@@ -15,6 +17,8 @@ from environment import BODY, PRODUCT, WAIT_TIMEOUT, Bench, Database
 from product import StatementLog
 from table import Row, Target, compared, medians, milliseconds, period
 from tick_by_batch import tick_by_batch
+
+import zones
 
 SYNC_SECONDS = 1.0  # bound of a sync of Size.results results
 SENDS_SECONDS = 3.0  # bound of a tick of Size.sends sends
@@ -167,6 +171,66 @@ def tick(bench: Bench) -> Iterator[Row]:
 def number(count: float) -> str:
     """Format a count for compared()."""
     return f"{count:.0f}"
+
+
+def night(bench: Bench) -> Iterator[Row]:
+    """Compare a tick whose recipients live in 40 zones, 36 of which sleep, with the same tick without zones."""
+    size = bench.size
+    outreach = Outreach(bench.database("night"))
+    add_clients(outreach.database, size.items)
+    outreach.add_batches(size.batches, size.items)
+    place_recipients(outreach.database, forty_zones())
+    outreach.database.settle()
+    recipient = """
+        UPDATE outreach_settings
+           SET quiet_hours_of = 'recipient', quiet_hours_start = '14:00', quiet_hours_end = '12:00',
+               quiet_hours_tz = 'UTC'
+    """
+    sender = """
+        UPDATE outreach_settings SET quiet_hours_of = 'sender', quiet_hours_start = NULL, quiet_hours_end = NULL
+    """
+
+    def by_recipient() -> float:
+        outreach.database.run(recipient)
+        return outreach.dispatch_seconds()
+
+    def without() -> float:
+        outreach.database.run(sender)
+        return outreach.dispatch_seconds()
+
+    mine, other = medians(size.rounds, [by_recipient, without])
+    what = f"SQL of a tick: {size.batches:,} batches of {size.items:,} items in 40 zones, 36 of them asleep"
+    yield compared(what, "the same tick without zones", [mine], [other], Target(at_most=1.5), milliseconds)
+
+
+def forty_zones() -> list[str]:
+    """Return 40 time zones, in 4 of which messages go now from 12:00 to 14:00."""
+    awake, asleep = [], []
+    for name in sorted(zoneinfo.available_timezones()):
+        if not zones.is_known(name):
+            continue
+        local = datetime.now(zoneinfo.ZoneInfo(name))
+        minute = local.hour * 60 + local.minute
+        if 12 * 60 + 5 <= minute < 13 * 60 + 30:
+            awake.append(name)
+        elif not 11 * 60 <= minute < 14 * 60:
+            asleep.append(name)
+    return awake[:4] + asleep[:: len(asleep) // 36][:36]
+
+
+def place_recipients(database: Database, names: list[str]) -> None:
+    """Let the clients live in these zones, in turn, and their items know it."""
+    clients = """
+        UPDATE clients SET time_zone = (%(names)s::text[])[1 + place %% %(count)s]
+          FROM (SELECT id, row_number() OVER (ORDER BY id) AS place FROM clients) AS placed
+         WHERE placed.id = clients.id
+    """
+    items = """
+        UPDATE outreach_batch_items SET time_zones = ARRAY[time_zone], new_contact = true
+          FROM clients WHERE clients.id = client_id
+    """
+    database.run(clients, names=names, count=len(names))
+    database.run(items)
 
 
 def stale_statistics(bench: Bench) -> Iterator[Row]:
