@@ -22,6 +22,7 @@ import requests
 
 import handles
 import pacing
+import quiet_times
 import report
 import runtime
 
@@ -231,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     runtime.load_settings()
     runtime.set_up_logging()
-    pacing.logger.disabled = True  # the report has its warnings
+    quiet_times.logger.disabled = True  # the report has its warnings
     urls, heartbeat = os.environ.get("ALERT_URLS") or None, os.environ.get("HEARTBEAT_URL") or None
     if arguments.test:
         if not urls:

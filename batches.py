@@ -1,7 +1,7 @@
 """Do to a batch what several places do to it: pause, resume, cancel, withdraw, retry, stop it when it goes wrong.
 
-Also what several places ask: the dispatcher's lock, the opt-outs, who was written to lately. Used by the dispatcher, by
-composing.py and by the owner's scripts. Touches outreach_batches and outreach_batch_items in quinn, withdraws rows of
+Also what several places ask: the dispatcher's lock, the opt-outs. Used by the dispatcher, by composing.py and by the
+owner's scripts. Touches outreach_batches and outreach_batch_items in quinn, withdraws rows of
 icloud.send_queue, and reads icloud.opt_outs. Example:
 
     batches.pause(quinn, icloud, batch_id)
@@ -9,7 +9,6 @@ icloud.send_queue, and reads icloud.opt_outs. Example:
 
 import contextlib
 import logging
-import re
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import db
 import handles
 import pacing
+import recipient_zones
 import runtime
 
 LOCK = "outreach-dispatcher"  # hashed into the advisory lock's key
@@ -70,12 +70,14 @@ def acquire_lock(quinn: Connection, stop: threading.Event) -> None:
             raise LockTimeout
 
 
-def withdraw(quinn: Connection, icloud: Connection, hold: pacing.Hold | None) -> int:
+def withdraw(quinn: Connection, icloud: Connection, snapshot: pacing.Snapshot | None) -> int:
     """Withdraw the uncollected rows that must not be sent now; return how many.
 
-    Those are all rows of items while a hold of everything lasts; otherwise the rows of batches that may not be sent
-    now (their status, their times, their approval), rows past their valid_until, and rows that the dispatcher made
-    (drafted_at) and whose item was deleted. It starts from the rows, because a crash may have left one whose item still
+    Those are all rows of items while a hold of everything lasts; otherwise the rows for recipients where it is quiet,
+    rows of batches that may not be sent now (their status, their times, their approval), rows past their valid_until,
+    and rows that the dispatcher made (drafted_at) and whose item was deleted.
+
+    It starts from the rows, because a crash may have left one whose item still
     says `pending`. A row that was put in by hand is left alone until its valid_until.
     """
     uncollected = """
@@ -97,8 +99,10 @@ def withdraw(quinn: Connection, icloud: Connection, hold: pacing.Hold | None) ->
     rows = db.query(icloud, uncollected)
     if not rows:
         return 0
+    hold = pacing.global_hold(snapshot)
     item_ids = [item_id for _, item_id, _, _ in rows if item_id]
     is_wanted: dict[str, bool] = dict(db.query(quinn, wanted, {"ids": item_ids}))
+    asleep = _asleep(quinn, snapshot, list(is_wanted)) if snapshot and not hold else set()
     reasons: dict[str, str] = {}
     for row_id, item_id, is_expired, is_ours in rows:
         if is_expired:
@@ -107,9 +111,20 @@ def withdraw(quinn: Connection, icloud: Connection, hold: pacing.Hold | None) ->
             reasons[row_id] = str(hold)
         elif item_id in is_wanted and not is_wanted[item_id]:
             reasons[row_id] = "its batch is not being sent"
+        elif item_id in asleep:
+            reasons[row_id] = "it is quiet where its recipient is"
         elif item_id not in is_wanted and is_ours:
             reasons[row_id] = "its item was deleted"
     return _withdraw_rows(icloud, reasons) if reasons else 0
+
+
+def _asleep(quinn: Connection, snapshot: pacing.Snapshot, item_ids: Sequence[str]) -> set[str]:
+    """Return those of the items for whose recipients it is quiet now, or will be in a moment."""
+    times = snapshot.settings.quiet_times
+    if times.of == "sender":
+        return set()
+    found = recipient_zones.of_items(quinn, item_ids)
+    return {item_id for item_id, names in found.items() if not times.is_open(names, snapshot.now)}
 
 
 def _withdraw_rows(icloud: Connection, reasons: dict[str, str]) -> int:
@@ -226,76 +241,19 @@ def _take_back(quinn: Connection, icloud: Connection, batch_id: str, reason: str
     return Changed(_status(quinn, batch_id), withdrawn, len(rows) - withdrawn)
 
 
-# --- opt-outs, and who was written to lately ----------------------------------------------------------
-
-
-def written_to(
-    quinn: Connection,
-    client_ids: Sequence[str],
-    keys: Sequence[str],
-    days: int | None,
-    with_claimed: bool = True,
-    except_items: Sequence[str] = (),
-) -> tuple[set[str], set[str]]:
-    """Return which of the clients, and which of the handle keys, were written to in the last `days` (None: ever).
-
-    Messages in flight and of unknown outcome count. Before a request, when the item itself is claimed, the claimed ones
-    do not count: of two claimed items for one person, the first is queued before the second is checked.
-
-    `except_items`: the items that are about to be sent. If one of them has an unknown outcome itself, a person asked to
-    send it again by name.
-    """
-    sql = """
-        -- Rows are compared, not times: with an index by time alone, the planner would read all that was sent since
-        -- then, for each person.
-        SELECT client.id::text, NULL
-          FROM clients AS client
-         WHERE client.id = ANY (%(client_ids)s)
-           AND (EXISTS (SELECT FROM outreach_batch_items
-                         WHERE client_id = client.id AND status = 'sent'
-                           AND (client_id, sent_at)
-                               > (client.id, COALESCE(now() - %(days)s * interval '1 day', '-infinity')) OFFSET 0)
-                OR EXISTS (SELECT FROM outreach_batch_items
-                            WHERE client_id = client.id AND outcome_unknown_at IS NOT NULL
-                              AND (client_id, outcome_unknown_at)
-                                  > (client.id, COALESCE(now() - %(days)s * interval '1 day', '-infinity'))
-                              AND id <> ALL (%(except_items)s::uuid[]) OFFSET 0))
-        UNION ALL
-        SELECT NULL, key
-          FROM unnest(%(keys)s::text[]) AS key
-         WHERE EXISTS (SELECT FROM outreach_batch_items
-                        WHERE handle_key = key AND status = 'sent'
-                          AND (handle_key, sent_at)
-                              > (key, COALESCE(now() - %(days)s * interval '1 day', '-infinity')) OFFSET 0)
-            OR EXISTS (SELECT FROM outreach_batch_items
-                        WHERE handle_key = key AND outcome_unknown_at IS NOT NULL
-                          AND (handle_key, outcome_unknown_at)
-                              > (key, COALESCE(now() - %(days)s * interval '1 day', '-infinity'))
-                          AND id <> ALL (%(except_items)s::uuid[]) OFFSET 0)
-        UNION ALL
-        SELECT client_id::text, handle_key
-          FROM outreach_batch_items
-         WHERE status = 'queued'
-        UNION ALL
-        SELECT client_id::text, handle_key
-          FROM outreach_batch_items
-         WHERE %(with_claimed)s AND status = 'pending' AND claimed_at IS NOT NULL
-    """
-    # As one literal, the ids take the type of clients.id, whatever it is.
-    literal = "{" + ",".join('"' + re.sub(r'(["\\\\])', r"\\\1", name) + '"' for name in client_ids) + "}"
-    parameters = {
-        "client_ids": literal, "keys": list(keys), "days": days, "with_claimed": with_claimed,
-        "except_items": list(except_items),
-    }  # fmt: skip
-    rows = db.query(quinn, sql, parameters)
-    return {name for name, _ in rows if name}, {key for _, key in rows if key}
+# --- opt-outs, and trying again -----------------------------------------------------------------------
 
 
 def opted_out(icloud: Connection, addresses: Iterable[str]) -> set[str]:
     """Return the keys (handles.key) of those of the handles that have opted out."""
+    return opted_out_keys(icloud, {handles.key(address) for address in addresses})
+
+
+def opted_out_keys(icloud: Connection, keys: Iterable[str]) -> set[str]:
+    """Return those of the handle keys that have opted out."""
     sql = "SELECT handle_key FROM icloud.opt_outs WHERE handle_key = ANY (%(keys)s) AND ended_at IS NULL"
-    keys = sorted({handles.key(address) for address in addresses})
-    return {key for (key,) in db.query(icloud, sql, {"keys": keys})} if keys else set()
+    listed = sorted(keys)
+    return {key for (key,) in db.query(icloud, sql, {"keys": listed})} if listed else set()
 
 
 def retry(quinn: Connection, batch_id: str, include_unknown: bool = False) -> tuple[str, int, int] | None:

@@ -11,6 +11,7 @@ What a crash leads to: a draft is one transaction, so it exists whole or not at 
 finds it. The approval is one statement.
 """
 
+import collections
 import contextlib
 import hashlib
 import json
@@ -30,12 +31,15 @@ import batches
 import db
 import forecast
 import handles
+import history
 import pacing
+import quiet_times
 import recipients
 import report
 import templates
 import unusual
 from batches import Refused
+from recipient_groups import Group
 from recipients import LeftOut, Message, Person
 
 SAMPLE = 10  # people that are listed for each reason
@@ -215,13 +219,18 @@ class Collector:
 
     def __init__(self, variables: Iterable[str] = ()) -> None:
         self.items = 0
-        self.new_contacts = 0
+        self.groups: collections.Counter[Group] = collections.Counter()
+        self.elsewhere = 0  # people whose clocks differ from the sender's
         self.digest = hashlib.sha256()
         self.counts: dict[str, int] = {}
         self.samples: dict[str, list[Person]] = {}
         self.first: list[Message] = []
         self.special: dict[str, Message] = {}  # by `why`
         self.values = unusual.UnusualValues(variables)
+
+    @property
+    def new_contacts(self) -> int:
+        return sum(count for group, count in self.groups.items() if group.is_new)
 
     def add(self, each: Message | LeftOut) -> None:
         if isinstance(each, LeftOut):
@@ -274,11 +283,19 @@ class Collector:
         )
 
     def warnings(self) -> list[str]:
-        """Return what a text to people who were never written to lacks."""
-        if not self.new_contacts or not self.first:
-            return []
-        people = "1 person was" if self.new_contacts == 1 else f"{self.new_contacts} people were"
-        return [f"{people} never written to before: {part}" for part in unusual.missing_parts(self.first[0].body)]
+        """Return what a text to people who were never written to lacks, and that it may be night where people are."""
+        found = []
+        if self.elsewhere:
+            people = "1 person lives" if self.elsewhere == 1 else f"{self.elsewhere} people live"
+            found.append(
+                f"{people} in another time zone, or may, and quiet hours are those of the sender: to send nothing in "
+                "their night, set quietHoursOf to recipient or both"
+            )
+        if self.new_contacts and self.first:
+            people = "1 person was" if self.new_contacts == 1 else f"{self.new_contacts} people were"
+            missing = unusual.missing_parts(self.first[0].body)
+            found += [f"{people} never written to before: {part}" for part in missing]
+        return found
 
 
 def add_to_digest(digest: Any, handle_key: str, body: str) -> None:
@@ -356,14 +373,25 @@ def dry_run(quinn: Connection, icloud: Connection, request: Request, interval: t
     with refusals(), transaction(quinn, is_read_only=True):
         collector = _collect(quinn, icloud, request, recipients.read_selection(quinn, request.query), write=None)
     result = collector.dry_run()
-    result.forecast = forecast_draft(result.items, request, interval)
+    read = report.read_databases()
+    if read.outreach and read.outreach.snapshot and result.items:
+        result.forecast = _as_forecast(
+            forecast.forecast_new_batch(
+                read.outreach, read.queue, interval, collector.groups,
+                request.send_from, request.send_until, request.first_n,
+            )
+        )  # fmt: skip
     return result
 
 
 def _walk(quinn: Connection, icloud: Connection, request: Request) -> Iterator[Message | LeftOut]:
     selection = recipients.read_selection(quinn, request.query)
     template = _parse_template(request, selection) if request.template else None
-    return recipients.walk(quinn, icloud, selection, template, request.not_sent_within_days)
+    return recipients.walk(quinn, icloud, selection, template, _times(request))
+
+
+def _times(request: Request) -> recipients.Times:
+    return recipients.Times(request.not_sent_within_days, request.send_from, request.send_until)
 
 
 def _parse_template(request: Request, selection: recipients.Selection) -> templates.Template:
@@ -380,18 +408,20 @@ def _collect(
     template = _parse_template(request, selection)
     collector = Collector(template.variables)
     chunk: list[Message] = []
+    snapshot = pacing.read_snapshot(quinn)
 
     def end_chunk() -> None:
         ids, keys = [message.client_id for message in chunk], [message.handle_key for message in chunk]
-        known_ids, known_keys = batches.written_to(quinn, ids, keys, days=None)
-        collector.new_contacts += sum(
-            message.client_id not in known_ids and message.handle_key not in known_keys for message in chunk
-        )
+        known_ids, known_keys = history.written_to(quinn, ids, keys, days=None)
+        is_new = [message.client_id not in known_ids and message.handle_key not in known_keys for message in chunk]
+        collector.groups.update(map(Group, (message.time_zones for message in chunk), is_new))
+        if snapshot:
+            collector.elsewhere += sum(_is_in_another_night(snapshot, message) for message in chunk)
         if write:
-            write(chunk)
+            write(chunk, is_new)
         chunk.clear()
 
-    for each in recipients.walk(quinn, icloud, selection, template, request.not_sent_within_days):
+    for each in recipients.walk(quinn, icloud, selection, template, _times(request)):
         collector.add(each)
         if isinstance(each, Message):
             chunk.append(each)
@@ -402,14 +432,14 @@ def _collect(
     return collector
 
 
-def forecast_draft(count: int, request: Request, interval: timedelta) -> Forecast | None:
-    """Return when so many messages would go if they were approved now; None if a database cannot be read."""
-    read = report.read_databases()
-    if read.outreach is None or read.outreach.snapshot is None or not count:
-        return None
-    found = forecast.forecast_new_batch(
-        read.outreach, read.queue, interval, count, request.send_from, request.send_until, request.first_n
-    )
+def _is_in_another_night(snapshot: pacing.Snapshot, message: Message) -> bool:
+    """Return whether it may be night where a person is while it is day for the sender, and no setting heeds it."""
+    times = snapshot.settings.quiet_times
+    has_quiet_times = times.start != times.end or times.days != quiet_times.QuietDays()
+    return times.of == "sender" and has_quiet_times and times.is_elsewhere(message.time_zones, snapshot.now)
+
+
+def _as_forecast(found: forecast.BatchForecast) -> Forecast:
     return Forecast(found.first_at, found.last_at, found.is_exact, found.bottleneck)
 
 
@@ -453,17 +483,22 @@ class ItemWriter:
         self.quinn, self.batch_id = quinn, batch_id
         self.next_id = secrets.randbits(96) << 32
 
-    def write(self, messages: list[Message]) -> None:
+    def write(self, messages: list[Message], is_new: list[bool]) -> None:
         sql = """
-            INSERT INTO outreach_batch_items (id, batch_id, client_id, rendered_body, handle_key) VALUES %s
+            INSERT INTO outreach_batch_items
+                   (id, batch_id, client_id, rendered_body, handle_key, time_zones, new_contact)
+            VALUES %s
         """
         rows = []
-        for message in messages:
-            item_id = str(uuid.UUID(int=self.next_id))
-            rows.append((item_id, self.batch_id, message.client_id, message.body, message.handle_key))
+        for message, new_contact in zip(messages, is_new, strict=True):
+            item_id, zones = str(uuid.UUID(int=self.next_id)), list(message.time_zones)
+            rows.append(
+                (item_id, self.batch_id, message.client_id, message.body, message.handle_key, zones, new_contact)
+            )
             self.next_id += 1
         with self.quinn.cursor() as cursor:
-            psycopg2.extras.execute_values(cursor, sql, rows, page_size=len(rows))
+            template = "(%s, %s, %s, %s, %s, %s::text[], %s)"
+            psycopg2.extras.execute_values(cursor, sql, rows, template, page_size=len(rows))
 
 
 def _stored_values(request: Request, query: dict[str, Any]) -> db.Params:
@@ -525,7 +560,10 @@ def _read_draft(quinn: Connection, request: Request, interval: timedelta) -> Dra
     sql = "SELECT status, preview FROM outreach_batches WHERE id = %(id)s"
     [(status, preview)] = db.query(quinn, sql, {"id": str(request.id)})
     shown = msgspec.convert({**(preview or {}), "id": str(request.id), "status": status}, Draft)
-    shown.forecast = forecast_draft(shown.items, request, interval)
+    read = report.read_databases(shown.id)
+    counts = read.outreach.counts.get(shown.id) if read.outreach else None
+    if read.outreach and read.outreach.snapshot and counts and counts.pending:
+        shown.forecast = _as_forecast(forecast.forecast_batch(read.outreach, read.queue, interval, shown.id))
     return shown
 
 

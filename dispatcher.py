@@ -42,7 +42,11 @@ import handles
 import last_checks
 import pacing
 import personal_data
+import recipient_groups
+import recipient_zones
 import runtime
+import zones
+from recipient_groups import Group
 
 # Seconds to connect and to wait for a response: with the recording after it still within a stop's ten seconds.
 HTTP_TIMEOUT = (2, 5)
@@ -81,7 +85,7 @@ class EnqueueRejected(Exception):
 
 
 class Head(NamedTuple):
-    """A batch's next pending item, or one of its next ones, with all handles of its client.
+    """A batch's next pending item that may go, or one of its next ones, with all handles of its client.
 
     `handle`: the primary one. `handle_key`: of the one that the owner approved; None for an item made by hand.
     """
@@ -97,7 +101,8 @@ class Head(NamedTuple):
 class Item(NamedTuple):
     """A claimed item. `handle`: its client's primary one. `device_id`: the device that reached the client last.
 
-    `handles`: all of its client's. `handle_key`: as in Head. `attempt`: 1, and one more for each retry.
+    `handles`: all of its client's, primary ones first. `handle_key`: as in Head. `attempt`: 1, and one more for each
+    retry. `time_zone`: the client's own.
     """
 
     id: str
@@ -110,6 +115,7 @@ class Item(NamedTuple):
     handle: str | None
     handles: list[str]
     device_id: str | None
+    time_zone: str | None
 
 
 class QueueRow(NamedTuple):
@@ -153,8 +159,8 @@ def sync(quinn: Connection, icloud: Connection) -> JobCounts:
 
     A batch that goes wrong by these results is paused, and what waits of it is withdrawn at once.
     """
-    hold = pacing.global_hold(pacing.read_snapshot(quinn))
-    counts = JobCounts(withdrawn=batches.withdraw(quinn, icloud, hold))
+    snapshot = pacing.read_snapshot(quinn)
+    counts = JobCounts(withdrawn=batches.withdraw(quinn, icloud, snapshot))
     updates = [*fetch_results(quinn, icloud), *reconcile_claims(quinn, icloud)]
     apply_updates(quinn, updates)
     counts.update(update.status for update in updates)
@@ -165,7 +171,7 @@ def sync(quinn: Connection, icloud: Connection) -> JobCounts:
     complete_batches(quinn, [batch.id for batch in pacing.batches(quinn) if not batch.pending])
     if stopped := batches.stop_failing(quinn, icloud):
         counts["batches paused"] += len(stopped)
-        counts["withdrawn"] += batches.withdraw(quinn, icloud, hold)
+        counts["withdrawn"] += batches.withdraw(quinn, icloud, snapshot)
     release_claims(quinn)
     db.query(quinn, "UPDATE outreach_settings SET last_synced_at = now() WHERE id = 1")
     if erased := sum(personal_data.erase_old(quinn, icloud)):
@@ -291,6 +297,7 @@ def apply_updates(quinn: Connection, updates: Sequence[ItemUpdate]) -> None:
     if not updates:
         return
     db.query(quinn, sql, dict(zip(ItemUpdate._fields, map(list, zip(*updates, strict=True)), strict=True)))
+    recipient_zones.mark_known(quinn, [update.item_id for update in updates if update.sent_at or update.unknown_at])
     for update in updates:
         if update.status == "sent":
             logger.info("item sent sendQueueId=%s item=%s", update.queue_id, update.item_id)
@@ -369,15 +376,20 @@ def claim(
     and those that were served.
     """
     skipped = 0
-    waiting = pacing.batches(quinn)
+    snapshot = pacing.read_groups(quinn, snapshot)
+    if any(group.time_zones is None for group in snapshot.groups):
+        recipient_zones.fill_in(quinn)
+        snapshot = pacing.read_groups(quinn, snapshot)
+    waiting = pacing.batches(quinn, snapshot)
     completion_candidates = [batch.id for batch in waiting if not batch.pending]
 
-    def claim_batches(batch_ids: Sequence[str]) -> int:
+    def claim_batches(current: pacing.Snapshot, batch_ids: Sequence[str]) -> tuple[int, int]:
         nonlocal skipped
         completion_candidates.extend(batch_ids)
-        item_ids, skips = next_items(quinn, icloud, batch_ids)
+        found, new_contacts, skips = next_items_within_limits(quinn, icloud, batch_ids, current)
         skipped += skips
-        return claim_next_items(quinn, batch_ids, item_ids)
+        claimed = claim_next_items(quinn, batch_ids, list(found.values()), new_contacts)
+        return len(claimed), len(claimed & (new_contacts or set()))
 
     decision = pacing.decide(snapshot, waiting, devices)
     decision_log.log_change(snapshot, decision)
@@ -387,23 +399,61 @@ def claim(
     return skipped, completion_candidates
 
 
-def next_items(quinn: Connection, icloud: Connection, batch_ids: Sequence[str]) -> tuple[list[str], int]:
-    """Return each batch's oldest pending item that has somebody to go to, and how many were skipped before it.
+def next_items_within_limits(
+    quinn: Connection, icloud: Connection, batch_ids: Sequence[str], snapshot: pacing.Snapshot
+) -> tuple[dict[str, str], set[str] | None, int]:
+    """Return the next item of each batch, and no more new contacts than may be written to now.
+
+    Also those of the items that are for new contacts (None: no limit asks for it), and how many items were skipped.
+    """
+    due, places = pacing.due_groups(snapshot), pacing.remaining_new_contacts(snapshot)
+    weekly = snapshot.settings.max_per_client_per_week
+    keys: set[str] = set()
+    found, skipped = next_items(quinn, icloud, batch_ids, due, weekly, keys)
+    if places is None:
+        return found, None, skipped
+    new_contacts = recipient_zones.new_contacts(quinn, list(found.values()))
+    over = {batch_id: found[batch_id] for batch_id in found if found[batch_id] in new_contacts}
+    over = dict(itertools.islice(over.items(), places, None))
+    if over:
+        # These wait for a place. Their batches go on with clients who were written to before.
+        recipient_zones.mark_new(quinn, list(over.values()))
+        known_groups = [group for group in (snapshot.groups if due is None else due) if not group.is_new]
+        others, more_skipped = next_items(quinn, icloud, list(over), known_groups, weekly, keys)
+        found = {batch_id: item_id for batch_id, item_id in found.items() if batch_id not in over}
+        still_new = recipient_zones.new_contacts(quinn, list(others.values()))
+        recipient_zones.mark_new(quinn, list(still_new))
+        found |= {batch_id: item_id for batch_id, item_id in others.items() if item_id not in still_new}
+        skipped += more_skipped
+    return found, new_contacts, skipped
+
+
+def next_items(
+    quinn: Connection,
+    icloud: Connection,
+    batch_ids: Sequence[str],
+    due: Sequence[Group] | None,
+    weekly: int | None,
+    keys: set[str],
+) -> tuple[dict[str, str], int]:
+    """Return each batch's oldest pending item that may go and has somebody to go to, and how many were skipped.
+
+    `due`: the groups of items that may go now; None: all. `weekly`: max_per_client_per_week. `keys`: handles that get
+    a message of a composed batch in this tick, to which it adds those that it finds: one handle gets one message.
 
     Opt-outs are in the other database. So it looks at the heads of the batches alone, and at more of a batch only when
     all of those were skipped: the work follows the items that are looked at, not those that wait.
     """
-    found: list[str] = []
-    keys: set[str] = set()  # of the composed items found: one handle gets one message in a tick
+    found: dict[str, str] = {}
     skipped = 0
     rules = last_checks.read_rules(quinn, batch_ids)
     for look in LOOKS:
-        heads = read_heads(quinn, batch_ids, look)
+        heads = read_heads(quinn, batch_ids, look, due)
         opted_out = batches.opted_out(icloud, (handle for head in heads for handle in head.handles))
         people = [
             last_checks.Person(head.id, head.batch_id, head.client_id, head.handle_key, head.handle) for head in heads
         ]
-        late, broken = last_checks.check(quinn, rules, people, with_claimed=True)
+        late, broken = last_checks.check(quinn, rules, people, with_claimed=True, weekly=weekly)
         for batch_id, failure in broken.items():
             batches.pause_broken(quinn, batch_id, failure)
         reasons: dict[str, list[str]] = {}
@@ -414,7 +464,7 @@ def next_items(quinn: Connection, icloud: Connection, batch_ids: Sequence[str]) 
                 reason = skip_reason(head.handle, head.handles, opted_out) or late.get(head.id)
                 if reason is None:
                     if head.handle_key is None or head.handle_key not in keys:
-                        found.append(head.id)
+                        found[batch_id] = head.id
                         keys |= {head.handle_key} if head.handle_key else set()
                     break
                 reasons.setdefault(reason, []).append(head.id)
@@ -433,26 +483,45 @@ def skip_reason(primary: str | None, addresses: Sequence[str], opted_out: set[st
     return OPTED_OUT if any(handles.key(address) in opted_out for address in addresses) else None
 
 
-def read_heads(quinn: Connection, batch_ids: Sequence[str], look: int) -> list[Head]:
-    """Return the first `look` pending items of each batch, in the order of the batches and of the items.
+def read_heads(quinn: Connection, batch_ids: Sequence[str], look: int, due: Sequence[Group] | None) -> list[Head]:
+    """Return the first `look` pending items of each batch that may go, in the order of the batches and of the items.
 
-    The LATERAL is run once for each batch, whatever the planner believes.
+    `due`: the groups of items that may go; None: all. The LATERAL is run once for each batch, and for each group,
+    whatever the planner believes.
     """
     sql = """
+        WITH due AS MATERIALIZED (
+            SELECT zones::text[] AS time_zones, is_new
+              FROM unnest(%(zones)s::text[], %(is_new)s::boolean[]) AS due (zones, is_new)
+        )
         SELECT served.batch_id, head.id, head.client_id::text, head.handle_key,
                (SELECT min(handle) FROM contact_relationships WHERE client_id = head.client_id AND is_primary),
                ARRAY(SELECT handle FROM contact_relationships WHERE client_id = head.client_id AND handle IS NOT NULL)
           FROM unnest(%(batch_ids)s::uuid[]) WITH ORDINALITY AS served (batch_id, place)
          CROSS JOIN LATERAL (
-               SELECT id, client_id, handle_key, created_at
-                 FROM outreach_batch_items
-                WHERE batch_id = served.batch_id AND status = 'pending'
-                ORDER BY created_at, id
-                LIMIT %(look)s
+               (SELECT id, client_id, handle_key, created_at
+                  FROM outreach_batch_items
+                 WHERE NOT %(in_groups)s AND batch_id = served.batch_id AND status = 'pending'
+                 ORDER BY created_at, id
+                 LIMIT %(look)s)
+                UNION ALL
+               (SELECT item.id, item.client_id, item.handle_key, item.created_at
+                  FROM due
+                 CROSS JOIN LATERAL (
+                       SELECT id, client_id, handle_key, created_at
+                         FROM outreach_batch_items
+                        WHERE status = 'pending' AND time_zones = due.time_zones AND new_contact = due.is_new
+                          AND batch_id = served.batch_id
+                        ORDER BY created_at, id
+                        LIMIT %(look)s
+                       ) AS item
+                 ORDER BY item.created_at, item.id
+                 LIMIT %(look)s)
                ) AS head
          ORDER BY served.place, head.created_at, head.id
     """
-    return [Head(*row) for row in db.query(quinn, sql, {"batch_ids": list(batch_ids), "look": look})]
+    parameters = {"batch_ids": list(batch_ids), "look": look, **recipient_groups.parameters(due)}
+    return [Head(*row) for row in db.query(quinn, sql, parameters)]
 
 
 def skip(quinn: Connection, item_ids: Sequence[str], reason: str) -> int:
@@ -469,18 +538,28 @@ def skip(quinn: Connection, item_ids: Sequence[str], reason: str) -> int:
     return len(skipped)
 
 
-def claim_next_items(quinn: Connection, batch_ids: Sequence[str], item_ids: Sequence[str]) -> int:
-    """Claim these items, and note that their batches were served; return how many were claimed."""
+def claim_next_items(
+    quinn: Connection, batch_ids: Sequence[str], item_ids: Sequence[str], new_contacts: set[str] | None
+) -> set[str]:
+    """Claim these items, and note that their batches were served; return those that were claimed.
+
+    `new_contacts`: those of them whose client was never written to; None: nobody has asked.
+    """
     sql = """
         WITH served AS (
             UPDATE outreach_batches SET last_served_at = now() WHERE id = ANY (%(batch_ids)s::uuid[])
         )
         UPDATE outreach_batch_items
-           SET claimed_at = now(), updated_at = now()
+           SET claimed_at = now(), updated_at = now(),
+               new_contact = COALESCE(id = ANY (%(new_contacts)s::uuid[]), new_contact)
          WHERE id = ANY (%(item_ids)s::uuid[]) AND CASE status WHEN 'pending' THEN true END
         RETURNING id
     """
-    return len(db.query(quinn, sql, {"batch_ids": list(batch_ids), "item_ids": list(item_ids)}))
+    parameters = {
+        "batch_ids": list(batch_ids), "item_ids": list(item_ids),
+        "new_contacts": None if new_contacts is None else list(new_contacts),
+    }  # fmt: skip
+    return {item_id for (item_id,) in db.query(quinn, sql, parameters)}
 
 
 def claimed_items(quinn: Connection) -> list[Item]:
@@ -495,11 +574,13 @@ def claimed_items(quinn: Connection) -> list[Item]:
                claimed.created_at, claimed.attempt,
                (SELECT min(handle) FROM contact_relationships WHERE client_id = claimed.client_id AND is_primary),
                ARRAY(SELECT handle FROM contact_relationships
-                      WHERE client_id = claimed.client_id AND handle IS NOT NULL),
+                      WHERE client_id = claimed.client_id AND handle IS NOT NULL
+                      ORDER BY is_primary DESC NULLS LAST, handle),
                (SELECT device_id FROM outreach_batch_items
                  WHERE client_id = claimed.client_id AND status = 'sent' AND device_id IS NOT NULL
                  ORDER BY sent_at DESC
-                 LIMIT 1)
+                 LIMIT 1),
+               (SELECT to_jsonb(client) ->> 'time_zone' FROM clients AS client WHERE id = claimed.client_id)
           FROM outreach_settings AS settings,
                claimed
           JOIN outreach_batches AS batch ON batch.id = claimed.batch_id
@@ -524,11 +605,11 @@ def enqueue_claimed(
     """Enqueue each item and record what became of it. Raises ServerUnavailable, with the rest still claimed.
 
     A claim may have waited through an outage, and a tick may be long: so it looks again for opt-outs, and before each
-    request for a pause and for what the item's batch asks (last_checks.py). What is enqueued all the same is withdrawn
-    at once.
+    request for a pause, for what the item's batch asks (last_checks.py) and whether it is quiet where the recipient is
+    by their present number. What is enqueued all the same is withdrawn at once.
     """
     rules = last_checks.read_rules(quinn, sorted({item.batch_id for item in items}))
-    quiet_from = pacing.next_quiet_hours(snapshot)
+    times = snapshot.settings.quiet_times
     opted_out = batches.opted_out(icloud, (handle for item in items for handle in item.handles))
     # The settings were read once, for this tick. What does not fit into one interval waits for the next tick.
     end = time.monotonic() + interval()
@@ -536,27 +617,43 @@ def enqueue_claimed(
         if stop.is_set() or time.monotonic() > end:
             return
         runtime.sd_notify("WATCHDOG=1")
-        if reason := skip_reason(item.handle, item.handles, opted_out) or late_reason(quinn, rules, item):
+        names = zones.zones_of_person(item.time_zone, item.handles)
+        weekly = snapshot.settings.max_per_client_per_week
+        if reason := skip_reason(item.handle, item.handles, opted_out) or late_reason(quinn, rules, item, weekly):
             counts[mark_ended(quinn, item, "skipped", reason)] += 1
+        elif not times.is_open(names, snapshot.now):
+            release_claim(quinn, item, names)
         elif is_wanted(quinn, item):
             device_id = device_for(item, snapshot, devices)
+            quiet_from = times.valid_until(names, snapshot.now)
             ends_at = rules[item.batch_id].ends_at if item.batch_id in rules else None
             valid_until = min((moment for moment in (quiet_from, ends_at) if moment), default=None)
             status, is_still_wanted = enqueue_item(quinn, client, item, device_id, valid_until)
             counts[status] += 1
             if not is_still_wanted:
-                counts["withdrawn"] += batches.withdraw(quinn, icloud, pacing.global_hold(pacing.read_snapshot(quinn)))
+                counts["withdrawn"] += batches.withdraw(quinn, icloud, pacing.read_snapshot(quinn))
 
 
-def late_reason(quinn: Connection, rules: dict[str, last_checks.Rules], item: Item) -> str | None:
-    """Return why a composed batch's item is to be skipped right before its request; None if it is not.
-
-    If its audience cannot be checked, its batch is paused: is_wanted() then says no.
+def release_claim(quinn: Connection, item: Item, names: Sequence[str]) -> None:
+    """Give up the claim of an item for whose recipient it is quiet; store where the recipient is."""
+    sql = """
+        UPDATE outreach_batch_items
+           SET claimed_at = NULL, time_zones = %(zones)s::text[], new_contact = COALESCE(new_contact, true),
+               updated_at = now()
+         WHERE id = %(id)s AND status = 'pending'
     """
-    if item.batch_id not in rules:
+    db.query(quinn, sql, {"id": item.id, "zones": list(names)})
+
+
+def late_reason(quinn: Connection, rules: dict[str, last_checks.Rules], item: Item, weekly: int | None) -> str | None:
+    """Return why an item is to be skipped right before its request; None if it is not.
+
+    If the audience of its batch cannot be checked, its batch is paused: is_wanted() then says no.
+    """
+    if item.batch_id not in rules and weekly is None:
         return None
     person = last_checks.Person(item.id, item.batch_id, item.client_id, item.handle_key, item.handle)
-    reasons, broken = last_checks.check(quinn, rules, [person], with_claimed=False)
+    reasons, broken = last_checks.check(quinn, rules, [person], with_claimed=False, weekly=weekly)
     for batch_id, reason in broken.items():
         batches.pause_broken(quinn, batch_id, reason)
     return reasons.get(item.id)

@@ -1,206 +1,32 @@
 """Predict when each batch ends, and what sending one batch would do, by simulating the dispatcher's ticks.
 
-Used by report.py and status.py. The simulation calls the rules of pacing.py with its own clock. Reads the outreach
-tables, contact_relationships, icloud.devices and icloud.send_queue; writes nothing. Example:
+Used by report.py, composing.py and status.py. The simulation calls the rules of pacing.py with its own clock. Reads no
+table: snapshots.py has done so. Example:
 
     simulations, holds = forecast.forecast(outreach, queue, interval)
 """
 
 import collections
-import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple, cast
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import cast
 
 import msgspec
 
-import batches
-import db
 import handles
 import pacing
-import runtime
+import snapshots
+from recipient_groups import Group
+from snapshots import ANYBODY, ARE_SENT, ARE_SKIPPED, FAILED, UNREADABLE, OutreachSnapshot, PendingItem, QueueSnapshot
 
-# If there are more pending items, estimate() replaces the simulation.
-MAX_SIMULATED_ITEMS = 20_000
 MAX_SIMULATED_TIME = timedelta(days=365)  # if a batch ends later, its finish is unknown
 # The simulated device reports a result this long after a tick. Any time before the next tick has the same effect.
 DEVICE_LATENCY = timedelta(seconds=1)
-QUIET_HOURS = "quiet hours"
 SEND_FROM = "send_from"
 ONE_PER_TICK = "one message of a batch in each tick"
-# The predicted outcome of an item. The server queues an unreadable number unchanged, and it may fail at the device.
-SENT, UNREADABLE, FAILED, SKIPPED = "s", "u", "f", "k"
-
-
-# --- reading -------------------------------------------------------------------------------------
-
-
-class BatchCounts(NamedTuple):
-    """A batch and the number of its items by status. `sort_key` is its place in the order of serving.
-
-    `send_from`, `send_until`, `first_n`: of a composed batch, if it was sent, or resumed, now. `approved_at`: None if
-    it would have to be approved first.
-    """
-
-    id: str
-    status: str
-    last_served_at: datetime | None
-    created_at: datetime
-    pending: int
-    queued: int
-    sent: int
-    failed: int
-    skipped: int
-    is_composed: bool = False
-    approved_at: datetime | None = None
-    send_from: datetime | None = None
-    send_until: datetime | None = None
-    first_n: int | None = None
-
-    @property
-    def sort_key(self) -> tuple[datetime, datetime, str]:
-        return self.last_served_at or datetime.min.replace(tzinfo=UTC), self.created_at, self.id
-
-    def as_sending(self, settings: pacing.Settings, now: datetime) -> pacing.Batch:
-        """Return the batch as it would be if it were sent, or resumed, now."""
-        batch = pacing.Batch(self.id, self.pending > 0, False, None)
-        if not self.is_composed:
-            return batch
-        days = settings.approval_days
-        lapses_at = (self.approved_at or now) + timedelta(days=days) if days else None
-        ends_at = min((moment for moment in (self.send_until, lapses_at) if moment), default=None)
-        return batch._replace(send_from=self.send_from, ends_at=ends_at, first_left=self.first_n)
-
-
-class OutreachSnapshot(NamedTuple):
-    """The sending batches in the quinn database. `now` is its clock, `read_at` this host's clock at the same moment.
-
-    `predicted_outcomes`: for each batch, a letter for each pending item, in their order. `claims`: the number of
-    claimed items of each batch. `queued_items`: the batch id and queue row id of each queued item. `is_exact`: True if
-    there are few enough items to simulate.
-    """
-
-    now: datetime
-    read_at: datetime
-    snapshot: pacing.Snapshot | None
-    waiting: list[pacing.Batch]
-    counts: dict[str, BatchCounts]
-    predicted_outcomes: dict[str, str]
-    claims: collections.Counter[str]
-    queued_items: list[tuple[str, str]]
-    is_exact: bool
-
-
-class QueueSnapshot(NamedTuple):
-    """The queue in the icloud database. `now` and `read_at` are the same as in OutreachSnapshot.
-
-    `ended`: for each row of a queued item that has a result, when it was sent, or may have been sent (None: certainly
-    not sent).
-    """
-
-    now: datetime
-    read_at: datetime
-    devices: list[pacing.Device]
-    ended: dict[str, datetime | None]
-
-
-def read_outreach(quinn: Any, batch_id: str | None = None) -> OutreachSnapshot:
-    """Read the sending batches, and `batch_id` with any status, from the quinn database."""
-    queued = "SELECT batch_id, COALESCE(send_queue_id, '') FROM outreach_batch_items WHERE status = 'queued'"
-    now, read_at = _read_clock(quinn)
-    counts = _read_counts(quinn, batch_id)
-    is_exact = sum(batch.pending for batch in counts.values()) <= MAX_SIMULATED_ITEMS
-    known = list(counts) if is_exact else [batch_id] if batch_id else []
-    outcomes, claims = _read_outcomes(quinn, known)
-    return OutreachSnapshot(
-        now=now,
-        read_at=read_at,
-        snapshot=pacing.read_snapshot(quinn),
-        waiting=pacing.batches(quinn),
-        counts=counts,
-        predicted_outcomes={name: outcomes.get(name, SENT * batch.pending) for name, batch in counts.items()},
-        claims=claims,
-        queued_items=[(batch_id, queue_id) for batch_id, queue_id in db.query(quinn, queued)],
-        is_exact=is_exact,
-    )
-
-
-def _read_clock(conn: Any) -> tuple[datetime, datetime]:
-    """Return the database's now() and this host's time. Call it first: now() is the start of the transaction."""
-    return db.query(conn, "SELECT now()")[0][0], datetime.now(UTC)
-
-
-def _read_counts(quinn: Any, batch_id: str | None) -> dict[str, BatchCounts]:
-    sql = """
-        WITH batch AS (
-            SELECT id, status, last_served_at, created_at, digest IS NOT NULL AS is_composed,
-                   CASE WHEN pause_reason IS DISTINCT FROM %(lapsed)s THEN approved_at END AS approved_at,
-                   send_from, send_until,
-                   -- After the first ones, the rest follows.
-                   CASE WHEN COALESCE(pause_reason, '') NOT LIKE 'the first %%' THEN first_n END AS first_n
-              FROM outreach_batches
-             WHERE (status = 'sending' AND NOT dry_run AND (digest IS NULL OR approved_at IS NOT NULL))
-                OR id = %(batch_id)s::uuid
-        ), item AS (
-            SELECT batch_id, status, count(*) AS count FROM outreach_batch_items
-             WHERE batch_id IN (SELECT id FROM batch)
-             GROUP BY batch_id, status
-        )
-        SELECT batch.id, batch.status, batch.last_served_at, batch.created_at,
-               COALESCE(sum(count) FILTER (WHERE item.status = 'pending'), 0)::bigint,
-               COALESCE(sum(count) FILTER (WHERE item.status = 'queued'), 0)::bigint,
-               COALESCE(sum(count) FILTER (WHERE item.status = 'sent'), 0)::bigint,
-               COALESCE(sum(count) FILTER (WHERE item.status = 'failed'), 0)::bigint,
-               COALESCE(sum(count) FILTER (WHERE item.status = 'skipped'), 0)::bigint,
-               is_composed, approved_at, send_from, send_until, first_n
-          FROM batch LEFT JOIN item ON item.batch_id = batch.id
-         GROUP BY batch.id, batch.status, batch.last_served_at, batch.created_at, is_composed, approved_at, send_from,
-                  send_until, first_n
-    """
-    parameters = {"batch_id": batch_id, "lapsed": batches.LAPSED}
-    return {row[0]: BatchCounts(*row) for row in db.query(quinn, sql, parameters)}
-
-
-def _read_outcomes(quinn: Any, batch_ids: Sequence[str]) -> tuple[dict[str, str], collections.Counter[str]]:
-    """Return the predicted outcomes of each batch, and the number of its claimed items."""
-    sql = """
-        SELECT item.batch_id, item.claimed_at IS NOT NULL,
-               (SELECT min(handle) FROM contact_relationships WHERE client_id = item.client_id AND is_primary),
-               item.rendered_body = ''
-          FROM outreach_batch_items AS item
-         WHERE item.status = 'pending' AND item.batch_id = ANY (%(ids)s::uuid[])
-         ORDER BY item.batch_id, item.created_at, item.id
-    """
-    rows = db.query(quinn, sql, {"ids": list(batch_ids)}) if batch_ids else []
-    outcomes = {
-        batch_id: "".join(predict_outcome(handle, is_empty) for _, _, handle, is_empty in items)
-        for batch_id, items in itertools.groupby(rows, lambda row: cast(str, row[0]))
-    }
-    return outcomes, collections.Counter(row[0] for row in rows if row[1])
-
-
-def predict_outcome(handle: str | None, is_empty: bool) -> str:
-    """Return the outcome that the dispatcher and the server would give an item with this primary handle."""
-    if handle is None:
-        return SKIPPED
-    if is_empty or not handles.is_handle(handle):
-        return FAILED
-    return SENT if handles.to_send(handle) else UNREADABLE
-
-
-def read_queue(icloud: Any, queued_items: Sequence[tuple[str, str]]) -> QueueSnapshot:
-    """Read the devices, and which of the queued items have a result that the dispatcher has not read yet."""
-    sql = """
-        SELECT id, CASE outcome WHEN 'unknown' THEN updated_at ELSE sent_at END
-          FROM icloud.send_queue
-         WHERE id = ANY (%(ids)s::uuid[]) AND status <> 'queued'
-    """
-    now, read_at = _read_clock(icloud)
-    ids = [queue_id for _, queue_id in queued_items if runtime.is_uuid(queue_id)]  # a TEXT column
-    rows = db.query(icloud, sql, {"ids": ids}) if 0 < len(ids) <= MAX_SIMULATED_ITEMS else []
-    return QueueSnapshot(now, read_at, pacing.devices(icloud), dict(rows))
+ARE_NIGHTS = (pacing.QUIET_HOURS, pacing.QUIET_FOR_RECIPIENTS)
 
 
 # --- the simulation -----------------------------------------------------------------------------------
@@ -208,44 +34,118 @@ def read_queue(icloud: Any, queued_items: Sequence[tuple[str, str]]) -> QueueSna
 
 @dataclass(slots=True)
 class BatchSimulation:
-    """The state of a batch in the simulation. The items from `position` on are pending.
+    """The state of a batch in the simulation.
 
-    `first`: when its first item was sent. `last`: when its last item ended, or the batch paused itself. Both are None
-    until then. `late`: how many items are left when send_until, or the approval, ends.
+    `items`: those that are pending, oldest first. `maximum`: how many of them are sent until the batch pauses itself;
+    None: all. `first`: when its first item was sent. `last`: when its last item ended, or the batch paused itself. Both
+    are None until then. `late`: how many items are left when send_until, or the approval, ends.
     """
 
     batch: pacing.Batch
     sort_key: tuple[datetime, datetime, str]
-    outcomes: str
-    position: int = 0
+    items: Sequence[PendingItem]
+    maximum: int | None = None
     first: datetime | None = None
     last: datetime | None = None
     is_exact: bool = True
     late: int = 0
+    pending: int = 0
+    positions: dict[Group, collections.deque[int]] = field(default_factory=dict)  # of the pending items of each group
+
+    def __post_init__(self) -> None:
+        self.pending = len(self.items)
+        for position, item in enumerate(self.items):
+            self.positions.setdefault(item.group, collections.deque()).append(position)
 
     @property
     def left(self) -> int:
-        return len(self.outcomes) - self.position
+        return self.pending if self.maximum is None else min(self.pending, max(self.maximum, 0))
 
-    def skip(self, tick: datetime) -> None:
-        """Skip the next items whose client has no handle."""
-        while self.outcomes.startswith(SKIPPED, self.position):
-            self.position += 1
-        self.last = None if self.left else tick
+    def next(self, due: Container[Group] | None) -> PendingItem | None:
+        """Return the oldest pending item in these groups (None: in any)."""
+        heads = [held[0] for group, held in self.positions.items() if held and (due is None or group in due)]
+        return self.items[min(heads)] if heads else None
 
-    def take(self, tick: datetime) -> bool:
-        """End the next item in this tick; return whether it was sent."""
-        is_sent = self.outcomes[self.position] in (SENT, UNREADABLE)
-        self.position += 1
-        if is_sent:
+    def skip(self, tick: datetime, due: Container[Group] | None) -> None:
+        """Skip the next items that nobody gets."""
+        while (item := self.next(due)) and item.outcome in ARE_SKIPPED:
+            self._remove(item, tick)
+
+    def take(self, tick: datetime, due: Container[Group] | None) -> PendingItem | None:
+        """End the next item in this tick; return it if it was sent."""
+        item = self.next(due)
+        if item is None:
+            return None
+        if item.outcome in ARE_SENT:
             self.first = self.first or tick
             self.batch = self.batch._replace(last_sent_at=tick + DEVICE_LATENCY)
-        self.last = None if self.left else tick
-        return is_sent
+            self.maximum = None if self.maximum is None else self.maximum - 1
+        self._remove(item, tick)
+        return item if item.outcome in ARE_SENT else None
 
     def end(self) -> None:
         """Send nothing more: the time of the batch is over."""
         self.late, self.last = self.left, self.batch.ends_at
+
+    def _remove(self, item: PendingItem, tick: datetime) -> None:
+        self.positions[item.group].popleft()
+        self.pending -= 1
+        self.last = None if self.left else tick
+
+
+class Recipients:
+    """Which groups of items may go at a tick, and what holds the others. It asks pacing.py only when that changes."""
+
+    def __init__(self, waiting: dict[str, BatchSimulation]) -> None:
+        self.waiting = waiting
+        self.groups: collections.Counter[Group] = collections.Counter()
+        self.due: list[Group] | None = None
+        self.until: datetime | None = None  # how long `due` holds
+        self.limit: pacing.Hold | None = None
+
+    def update(self, snapshot: pacing.Snapshot) -> pacing.Snapshot:
+        """Return the snapshot of this tick with the groups that are still pending."""
+        if not snapshot.settings.is_by_recipient:
+            return snapshot
+        limit = pacing.new_contacts_hold(snapshot)
+        if self.until is None or snapshot.now >= self.until or (limit is None) != (self.limit is None):
+            self._ask(snapshot)
+        self.limit = limit
+        return snapshot._replace(groups=self.groups)
+
+    def _ask(self, snapshot: pacing.Snapshot) -> None:
+        self.groups = collections.Counter()
+        for simulation in self.waiting.values():
+            self.groups.update({group: len(held) for group, held in simulation.positions.items() if held})
+        self.due = pacing.due_groups(snapshot._replace(groups=self.groups))
+        times, now = snapshot.settings.quiet_times, snapshot.now
+        opens = [times.next_open(group.time_zones or (), now) for group in self.groups]
+        changes = [
+            times.valid_until(group.time_zones or (), now) if moment == now else moment
+            for group, moment in zip(self.groups, opens, strict=True)
+        ]
+        self.until = min((moment for moment in changes if moment), default=now + timedelta(days=1))
+
+    def sending(self, snapshot: pacing.Snapshot) -> list[pacing.Batch]:
+        """Return the batches as they are in this tick."""
+        if self.due is None:
+            return [simulation.batch for simulation in self.waiting.values()]
+        not_due = {group: count for group, count in self.groups.items() if group not in self.due}
+        held = pacing.recipients_hold(snapshot, not_due)
+        known = [group for group in self.due if not group.is_new]
+        return [
+            simulation.batch._replace(
+                held=None if simulation.next(self.due) else held, is_known_due=simulation.next(known) is not None
+            )
+            for simulation in self.waiting.values()
+        ]
+
+    def due_within_limit(self, snapshot: pacing.Snapshot, new_contacts: int) -> list[Group] | None:
+        """Return the groups that may go after so many new contacts in this tick."""
+        places = pacing.remaining_new_contacts(snapshot)
+        if places is None or new_contacts < places:
+            return self.due
+        return [group for group in (self.groups if self.due is None else self.due) if not group.is_new]
 
 
 def forecast(
@@ -265,10 +165,11 @@ def forecast(
             waiting.insert(place, outreach.counts[target_id].as_sending(snapshot.settings, snapshot.now))
     simulations = {
         batch.id: BatchSimulation(
-            batch._replace(in_flight=False, first_left=None),
+            batch._replace(in_flight=False, first_left=None, held=None),
             outreach.counts[batch.id].sort_key,
-            # The claimed items are pending, and have their places among the first ones.
-            first_outcomes(outreach.predicted_outcomes[batch.id], batch.first_left, outreach.claims[batch.id]),
+            snapshots.foreseen(outreach.items[batch.id], queue),
+            # The claimed items are pending, too.
+            None if batch.first_left is None else max(batch.first_left, 0) + outreach.claims[batch.id],
             is_exact=outreach.is_exact,
         )
         for batch in waiting
@@ -278,21 +179,6 @@ def forecast(
     if not outreach.is_exact:
         return simulations, estimate(snapshot, simulations, tick, interval)
     return simulations, simulate(snapshot, simulations, tick, interval, target_id)
-
-
-def first_outcomes(outcomes: str, maximum: int | None, claimed: int) -> str:
-    """Return the outcomes of the items until the batch has sent first_n messages and pauses itself.
-
-    `maximum`: how many may go, beside the claimed ones; None: all.
-    """
-    if maximum is None:
-        return outcomes
-    places = max(maximum, 0) + claimed
-    for position, outcome in enumerate(outcomes):
-        if places <= 0:
-            return outcomes[:position]
-        places -= outcome in (SENT, UNREADABLE)
-    return outcomes
 
 
 def simulate(
@@ -311,11 +197,15 @@ def simulate(
     hold_durations: collections.Counter[str] = collections.Counter()  # in intervals
     largest = max(snapshot.settings.limits.values(), default=0)
     sent = collections.deque(snapshot.sent[:largest], maxlen=largest)
+    most_new = max(snapshot.settings.new_contact_limits.values(), default=0)
+    new_sent = collections.deque(snapshot.new_sent[:most_new], maxlen=most_new)
     waiting = {name: simulation for name, simulation in simulations.items() if simulation.left}
+    recipients = Recipients(waiting)
     while waiting and (target_id is None or target_id in waiting) and tick < end:
-        snapshot = snapshot._replace(now=tick, in_flight=0, sent=sent)
         end_late(waiting, tick)
-        sending = [simulation.batch for simulation in waiting.values()]
+        snapshot = snapshot._replace(now=tick, in_flight=0, sent=sent, new_in_flight=0, new_sent=new_sent)
+        snapshot = recipients.update(snapshot)
+        sending = recipients.sending(snapshot)
         decision = pacing.decide(snapshot, sending)
         if decision is None:
             break
@@ -326,7 +216,9 @@ def simulate(
             hold_durations[decision.code] += ticks
             tick += ticks * interval
             continue
-        sent.extendleft([tick + DEVICE_LATENCY] * simulate_tick(snapshot, sending, waiting))
+        count, new_contacts = simulate_tick(snapshot, sending, waiting, recipients)
+        sent.extendleft([tick + DEVICE_LATENCY] * count)
+        new_sent.extendleft([tick + DEVICE_LATENCY] * new_contacts)
         hold_durations[ONE_PER_TICK] += 1
         tick += interval
     end_late(waiting, end)  # what is held without a known end still ends by its own times
@@ -345,29 +237,35 @@ def end_late(waiting: dict[str, BatchSimulation], tick: datetime) -> None:
 
 
 def simulate_tick(
-    snapshot: pacing.Snapshot, sending: Sequence[pacing.Batch], waiting: dict[str, BatchSimulation]
-) -> int:
-    """Simulate one tick; return how many items were sent.
+    snapshot: pacing.Snapshot,
+    sending: Sequence[pacing.Batch],
+    waiting: dict[str, BatchSimulation],
+    recipients: Recipients,
+) -> tuple[int, int]:
+    """Simulate one tick; return how many items were sent, and how many of these to new contacts.
 
     A served batch moves to the end of `waiting`. A batch that has ended is removed from it.
     """
-    sent = 0
+    sent: list[PendingItem] = []
 
-    def claim(batch_ids: Sequence[str]) -> int:
-        nonlocal sent
-        claimed = 0
-        # One statement gives all its batches the same last_served_at; after that, created_at decides their order.
-        for served in sorted((waiting.pop(batch_id) for batch_id in batch_ids), key=lambda each: each.sort_key[1:]):
-            served.skip(snapshot.now)
-            if served.left:
+    def claim(current: pacing.Snapshot, batch_ids: Sequence[str]) -> tuple[int, int]:
+        claimed = new_contacts = 0
+        all_served = [waiting.pop(batch_id) for batch_id in batch_ids]
+        for served in all_served:
+            due = recipients.due_within_limit(current, new_contacts)
+            served.skip(snapshot.now, due)
+            if head := served.next(due):
                 claimed += 1
-                sent += served.take(snapshot.now)
+                new_contacts += head.group.is_new
+                sent.extend(item for item in (served.take(snapshot.now, due),) if item)
+        # One statement gives all its batches the same last_served_at; after that, created_at decides their order.
+        for served in sorted(all_served, key=lambda each: each.sort_key[1:]):
             if served.left:
                 waiting[served.batch.id] = served
-        return claimed
+        return claimed, new_contacts
 
     pacing.claim_round_robin(snapshot, sending, claim)
-    return sent
+    return len(sent), sum(item.group.is_new for item in sent)
 
 
 def apply_in_flight(
@@ -383,12 +281,14 @@ def apply_in_flight(
     Returns the snapshot with their sends, and the first tick that can claim new items.
     """
     ended = queue.ended if queue else {}
-    sent_times = []
-    for batch_id, queue_id in outreach.queued_items:
+    sent_times: list[datetime] = []
+    new_times: list[datetime] = []  # those of them that went to new contacts
+    for batch_id, queue_id, is_new in outreach.queued_items:
         sent_at = ended.get(queue_id.lower(), snapshot.now)
         if sent_at is None:  # the item failed
             continue
         sent_times.append(sent_at)
+        new_times += [sent_at] * is_new
         if simulation := simulations.get(batch_id):
             last_sent_at = max(sent_at, simulation.batch.last_sent_at or sent_at)
             simulation.batch = simulation.batch._replace(last_sent_at=last_sent_at)
@@ -398,12 +298,14 @@ def apply_in_flight(
     }  # fmt: skip
     claimed = [batch_id for batch_id in outreach.claims.elements() if batch_id in due]
     for batch_id in claimed:
-        if simulations[batch_id].take(tick):
+        if item := simulations[batch_id].take(tick, None):
             sent_times.append(tick + DEVICE_LATENCY)
+            new_times += [tick + DEVICE_LATENCY] * item.group.is_new
     for simulation in simulations.values():
         simulation.last = None if simulation.left else tick
     sent = sorted([*snapshot.sent, *sent_times], reverse=True)
-    return snapshot._replace(sent=sent, claimed_since=None), tick + interval if claimed else tick
+    new_sent = sorted([*snapshot.new_sent, *new_times], reverse=True)
+    return snapshot._replace(sent=sent, new_sent=new_sent, claimed_since=None), tick + interval if claimed else tick
 
 
 def estimate(
@@ -415,13 +317,18 @@ def estimate(
     batches round-robin: a batch with n items left ends when every other batch has sent n items, or all of its own.
     Windows and the gap are rounded up to whole ticks. Quiet hours lengthen the time in proportion.
     """
-    hours = snapshot.settings.quiet_hours
-    open_share = 1 - (hours.end - hours.start) % 1440 / 1440 if hours else 1.0
+    open_share = snapshot.settings.quiet_times.open_share(snapshot.now)
     rates = {}  # items a second
     for name, maximum in snapshot.settings.limits.items():
         is_open_at_night = name == "max_per_day"
         seconds = _whole_ticks(pacing.WINDOWS[name], interval).total_seconds()
         rates[name] = maximum / seconds * (1.0 if is_open_at_night else open_share)
+    new = sum(count for group, count in snapshot.groups.items() if group.is_new)
+    new_share = new / max(sum(snapshot.groups.values()), 1)
+    for name, maximum in snapshot.settings.new_contact_limits.items():
+        is_open_at_night = name == "max_new_contacts_per_day"
+        rate = maximum / pacing.NEW_CONTACT_WINDOWS[name].total_seconds() * (1.0 if is_open_at_night else open_share)
+        rates[name] = rate / new_share if new_share else math.inf
     cadence = max(interval, _whole_ticks(timedelta(seconds=snapshot.settings.min_gap_seconds or 0), interval))
     before, shared, bottleneck, longest = 0, 0, ONE_PER_TICK, timedelta(0)
     waiting = sorted((each for each in simulations.values() if each.left), key=lambda each: each.left)
@@ -476,32 +383,33 @@ def forecast_batch(
     outreach: OutreachSnapshot, queue: QueueSnapshot | None, interval: timedelta, batch_id: str
 ) -> BatchForecast:
     """Return what would happen if this batch were sent now."""
-    counts, outcomes = outreach.counts[batch_id], outreach.predicted_outcomes[batch_id]
+    counts = outreach.counts[batch_id]
+    outcomes = collections.Counter(item.outcome for item in snapshots.foreseen(outreach.items[batch_id], queue))
     found = BatchForecast(
         batch_id=batch_id,
         status=counts.status,
         pending=counts.pending,
-        would_send=outcomes.count(SENT) + outcomes.count(UNREADABLE),
-        would_skip=+collections.Counter({"no primary handle": outcomes.count(SKIPPED)}),
-        would_fail=+collections.Counter({"invalid handle, or an empty message": outcomes.count(FAILED)}),
+        would_send=sum(outcomes[outcome] for outcome in ARE_SENT),
+        would_skip={outcome: outcomes[outcome] for outcome in ARE_SKIPPED if outcomes[outcome]},
+        would_fail=+collections.Counter({"invalid handle, or an empty message": outcomes[FAILED]}),
         first_at=None,
         last_at=None,
         is_exact=outreach.is_exact,
         bottleneck=None,
         held_seconds={},
-        notes=_notes(outreach, queue, interval, outcomes.count(UNREADABLE)),
+        notes=_notes(outreach, queue, interval, outcomes[UNREADABLE]),
     )
     if outreach.snapshot:
         simulations, durations = forecast(outreach, queue, interval, batch_id)
         simulation = simulations[batch_id]
-        holds = {code: length for code, length in durations.items() if code not in (QUIET_HOURS, ONE_PER_TICK)}
+        holds = {code: length for code, length in durations.items() if code not in (*ARE_NIGHTS, ONE_PER_TICK)}
         found.first_at, found.last_at = simulation.first, simulation.last
         found.bottleneck = max(holds, key=lambda code: holds[code], default=ONE_PER_TICK if outcomes else None)
         found.held_seconds = {
             code: int(length.total_seconds()) for code, length in durations.items() if code != ONE_PER_TICK
         }
         if outcomes and simulation.last is None:
-            usages = pacing.limit_usage(outreach.snapshot)
+            usages = [*pacing.limit_usage(outreach.snapshot), *pacing.new_contact_usage(outreach.snapshot)]
             found.bottleneck = next((usage.limit for usage in usages if usage.maximum == 0), None)
         if simulation.late:
             found.late = simulation.late
@@ -514,22 +422,31 @@ def forecast_new_batch(
     outreach: OutreachSnapshot,
     queue: QueueSnapshot | None,
     interval: timedelta,
-    count: int,
+    groups: dict[Group, int],
     send_from: datetime | None = None,
     send_until: datetime | None = None,
     first_n: int | None = None,
 ) -> BatchForecast:
-    """Return what would happen if a batch of so many messages, which is not written yet, were sent now."""
-    name = "new batch"
-    counts = BatchCounts(
+    """Return what would happen if a batch, which is not written yet, were sent now.
+
+    `groups`: how many messages it has, by the group of their recipients.
+    """
+    name, count = "new batch", sum(groups.values())
+    counts = snapshots.BatchCounts(
         name, "draft", None, outreach.now, count, 0, 0, 0, 0,
         is_composed=True, send_from=send_from, send_until=send_until, first_n=first_n,
     )  # fmt: skip
     total = count + sum(batch.pending for batch in outreach.counts.values())
+    is_by_recipient = outreach.snapshot is not None and outreach.snapshot.settings.is_by_recipient
+    items = [
+        PendingItem(group=group if is_by_recipient else ANYBODY)
+        for group, number in sorted(groups.items())
+        for _ in range(number)
+    ]
     assumed = outreach._replace(
         counts={**outreach.counts, name: counts},
-        predicted_outcomes={**outreach.predicted_outcomes, name: SENT * count},
-        is_exact=outreach.is_exact and total <= MAX_SIMULATED_ITEMS,
+        items={**outreach.items, name: items},
+        is_exact=outreach.is_exact and total <= snapshots.MAX_SIMULATED_ITEMS,
     )
     return forecast_batch(assumed, queue, interval, name)
 

@@ -1,10 +1,11 @@
-"""Check the items of composed batches once more before they are sent: they only ever remove people.
+"""Check items once more before they are sent: these checks only ever remove people.
 
 Used by the dispatcher, when it chooses an item and right before its request. Reads clients and outreach_batch_items,
-and writes nothing. A batch that was made by hand has no rules. Example:
+and writes nothing. A batch that was made by hand has no rules of its own; max_per_client_per_week counts for all.
+Example:
 
     rules = last_checks.read_rules(quinn, batch_ids)
-    reasons, broken = last_checks.check(quinn, rules, people, with_claimed=True)
+    reasons, broken = last_checks.check(quinn, rules, people, with_claimed=True, weekly=2)
 """
 
 import itertools
@@ -16,15 +17,16 @@ import psycopg2
 from psycopg2 import errors
 
 import audience
-import batches
 import client_fields
 import db
 import handles
+import history
 
 HANDLE_CHANGED = "the handle changed after approval"
 NOT_APPROVED = "was added after approval"
 NO_MATCH = "no longer matches the audience"
 WRITTEN_TO = "was written to in the last {} days"
+OVER_WEEKLY = "got {} in the last 7 days, as many as max_per_client_per_week allows"
 
 Connection = Any  # psycopg2's connection
 
@@ -68,13 +70,18 @@ def read_rules(quinn: Connection, batch_ids: Sequence[str]) -> dict[str, Rules]:
 
 
 def check(
-    quinn: Connection, rules: dict[str, Rules], people: Sequence[Person], with_claimed: bool
+    quinn: Connection,
+    rules: dict[str, Rules],
+    people: Sequence[Person],
+    with_claimed: bool,
+    weekly: int | None = None,
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Return why items are to be skipped, by their id; and why a batch cannot be checked, by its id.
 
-    `with_claimed`: whether a claimed item counts as written to; see batches.written_to.
+    `with_claimed`: whether a claimed item counts as written to; see history.written_to. `weekly`:
+    max_per_client_per_week.
     """
-    reasons: dict[str, str] = {}
+    reasons = _over_weekly(quinn, people, with_claimed, weekly) if weekly else {}
     broken: dict[str, str] = {}
     composed = sorted((person for person in people if person.batch_id in rules), key=lambda person: person.batch_id)
     for batch_id, group in itertools.groupby(composed, key=lambda person: person.batch_id):
@@ -89,11 +96,20 @@ def check(
         if asked.days:
             keys = [each.handle_key or "" for each in members]
             item_ids = [each.item_id for each in members]
-            written = batches.written_to(quinn, ids, keys, asked.days, with_claimed, item_ids)
+            written = history.written_to(quinn, ids, keys, asked.days, with_claimed, item_ids)
         for each in members:
             if reason := _reason(each, asked, matching, written):
                 reasons[each.item_id] = reason
     return reasons, broken
+
+
+def _over_weekly(quinn: Connection, people: Sequence[Person], with_claimed: bool, weekly: int) -> dict[str, str]:
+    """Return the reason of each item whose client has had `weekly` messages in the last 7 days."""
+    keys = {each.item_id: each.handle_key or handles.key(each.handle or "") for each in people}
+    ids = [each.client_id for each in people]
+    clients, known = history.written_to(quinn, ids, list(keys.values()), 7, with_claimed, list(keys), times=weekly)
+    reason = OVER_WEEKLY.format("1 message" if weekly == 1 else f"{weekly} messages")
+    return {each.item_id: reason for each in people if each.client_id in clients or keys[each.item_id] in known}
 
 
 def _reason(person: Person, rules: Rules, matching: set[str] | None, written: tuple[set[str], set[str]]) -> str | None:

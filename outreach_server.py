@@ -28,7 +28,7 @@ import db
 import handles
 import import_columns
 import importing
-import pacing
+import quiet_times
 import report
 import runtime
 import serving
@@ -322,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ).parse_args(argv)
     runtime.load_settings()
     runtime.set_up_logging()
-    pacing.logger.disabled = True  # the report shows its warnings
+    quiet_times.logger.disabled = True  # the report shows its warnings
     token = runtime.owner_token()
     host = os.environ.get("OUTREACH_HOST") or "127.0.0.1"
     port = runtime.env_int("OUTREACH_PORT", 3030, lowest=0, highest=65_535)

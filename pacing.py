@@ -5,42 +5,40 @@ Reads outreach_settings, outreach_batches, outreach_batch_items, icloud.devices 
 All datetimes are aware, and `now` is the database's. Example:
 
     snapshot = pacing.read_snapshot(quinn)
-    decision = pacing.decide(snapshot, pacing.batches(quinn))
+    decision = pacing.decide(snapshot, pacing.batches(quinn, snapshot))
 """
 
 import bisect
-import contextlib
-import functools
 import itertools
-import logging
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple, TypeVar
-from zoneinfo import ZoneInfo
+from typing import Any, NamedTuple
 
 import db
+import quiet_times
+import recipient_groups
+from recipient_groups import Group
 
 WINDOWS = {
     "max_per_minute": timedelta(minutes=1),
     "max_per_hour": timedelta(hours=1),
     "max_per_day": timedelta(days=1),
 }
-# How far ahead to search for a change of quiet hours. Summer time can skip a change, so one day is not enough.
-QUIET_HOURS_SEARCH_LIMIT = timedelta(days=3)
-MINUTE = timedelta(minutes=1)
+NEW_CONTACT_WINDOWS = {
+    "max_new_contacts_per_hour": timedelta(hours=1),
+    "max_new_contacts_per_day": timedelta(days=1),
+}
 NO_DEVICE = "there is no device: `python db.py add-device NAME` makes one"
 # A device is late if it was not seen, or has kept a message without a result, for longer than this.
 DEVICE_LATE_AFTER = timedelta(minutes=10)
 DEVICE_GONE_AFTER = timedelta(days=1)  # skip a device that was not seen for this long, if another one was
-DEVICE_PROBLEM, NOT_BEGUN = "device problem", "batch not begun"  # codes of holds
+# Codes of holds.
+DEVICE_PROBLEM, NOT_BEGUN, QUIET_HOURS = "device problem", "batch not begun", "quiet hours"
+QUIET_FOR_RECIPIENTS, NO_HOUR = "quiet for recipients", "no hour for recipients"
 SHORT_HOLD = timedelta(minutes=2)  # a shorter hold is a normal pause between two sends
 # The dispatcher counts as not running if its heartbeat is older than MISSED_TICKS intervals plus HEARTBEAT_GRACE.
 MISSED_TICKS = 3
 HEARTBEAT_GRACE = timedelta(seconds=10)
-
-T = TypeVar("T")
-logger = logging.getLogger("outreach-dispatcher")
 
 
 class Settings(NamedTuple):
@@ -59,15 +57,35 @@ class Settings(NamedTuple):
     min_gap_seconds: int | None
     device_id: str | None
     approval_days: int | None = None
+    quiet_hours_of: str | None = None
+    quiet_days: str | None = None
+    max_new_contacts_per_hour: int | None = None
+    max_new_contacts_per_day: int | None = None
+    max_per_client_per_week: int | None = None
 
     @property
-    def quiet_hours(self) -> "QuietHours | None":
-        return quiet_hours(self.quiet_hours_start, self.quiet_hours_end, self.quiet_hours_tz)
+    def quiet_times(self) -> quiet_times.QuietTimes:
+        return quiet_times.read(
+            self.quiet_hours_start, self.quiet_hours_end, self.quiet_hours_tz, self.quiet_hours_of, self.quiet_days
+        )
 
     @property
     def limits(self) -> dict[str, int]:
         """Return the limits that are set, by name, shortest window first."""
-        values = {name: getattr(self, name) for name in WINDOWS}
+        return self._limits_of(WINDOWS)
+
+    @property
+    def new_contact_limits(self) -> dict[str, int]:
+        """Return the limits on new contacts that are set, by name, shortest window first."""
+        return self._limits_of(NEW_CONTACT_WINDOWS)
+
+    @property
+    def is_by_recipient(self) -> bool:
+        """Return whether some items of a batch may go while others must wait, because of who they are for."""
+        return self.quiet_times.of != "sender" or bool(self.new_contact_limits)
+
+    def _limits_of(self, windows: Mapping[str, timedelta]) -> dict[str, int]:
+        values = {name: getattr(self, name) for name in windows}
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -77,6 +95,8 @@ class Snapshot(NamedTuple):
     `sent`: when the last day's messages were sent, or ended with an unknown outcome, which counts as sent; newest
     first, as many as the largest limit needs. `claimed_since`: the time of the oldest claim. `last_tick`: the
     heartbeat, written at the start of a tick. `last_synced` and `last_dispatched`: when each job last succeeded.
+    `new_in_flight` and `new_sent`: the same as `in_flight` and `sent`, of first messages to clients. `groups`: those
+    of the pending items, with the number of their items if it is known; empty unless the settings need them.
     """
 
     settings: Settings
@@ -87,6 +107,9 @@ class Snapshot(NamedTuple):
     last_tick: datetime | None = None
     last_synced: datetime | None = None
     last_dispatched: datetime | None = None
+    new_in_flight: int = 0
+    new_sent: Sequence[datetime] = ()
+    groups: Mapping[Group, int] = {}
 
 
 class Batch(NamedTuple):
@@ -94,6 +117,8 @@ class Batch(NamedTuple):
 
     `send_from`: nothing is sent before it. `ends_at`: nothing is sent after it (send_until, or the end of the
     approval). `first_left`: how many messages may go before the batch pauses itself; None if it has no first_n.
+    `held`: why none of its pending items may go now, because of their recipients; None: one may. `is_known_due`:
+    one of those that may go is for a client who was written to before.
     """
 
     id: str
@@ -103,6 +128,8 @@ class Batch(NamedTuple):
     send_from: datetime | None = None
     ends_at: datetime | None = None
     first_left: int | None = None
+    held: "Hold | None" = None
+    is_known_due: bool = True
 
 
 class Device(NamedTuple):
@@ -141,7 +168,8 @@ class Hold(NamedTuple):
     """A rule that stops sending now.
 
     `code`: its name in the log. `until`: when it ends, if only time has to pass. `message`: a text for people.
-    `clears_itself`: it ends without an operator, but its end is unknown. `details`: figures for the log.
+    `clears_itself`: it ends without an operator, but its end is unknown. `details`: figures for the log. `next_count`:
+    how many items may go at `until`, if it is known.
     """
 
     code: str
@@ -149,6 +177,7 @@ class Hold(NamedTuple):
     message: str = ""
     clears_itself: bool = False
     details: str = ""
+    next_count: int | None = None
 
     def __str__(self) -> str:
         until = f"until={self.until.isoformat(timespec='seconds')}" if self.until else ""
@@ -176,33 +205,6 @@ class LimitUsage(NamedTuple):
     frees_at: datetime | None
 
 
-class QuietHours(NamedTuple):
-    """From `start` until `end`, minutes of the day in `zone` (None: this host's). Over midnight if end < start."""
-
-    start: int
-    end: int
-    zone: ZoneInfo | None
-
-    def contains(self, moment: datetime) -> bool:
-        local = moment.astimezone(self.zone)
-        minute = local.hour * 60 + local.minute
-        if self.start < self.end:
-            return self.start <= minute < self.end
-        return minute >= self.start or minute < self.end
-
-    def next_change(self, moment: datetime, to_quiet: bool) -> datetime | None:
-        """Return the first whole minute after `moment` that is in quiet hours (`to_quiet`), or outside them.
-
-        Tries each minute: a computed time would be wrong where a clock change skips or repeats an hour.
-        """
-        minute = moment.astimezone(UTC).replace(second=0, microsecond=0) + MINUTE
-        while minute < moment + QUIET_HOURS_SEARCH_LIMIT:
-            if self.contains(minute) is to_quiet:
-                return minute
-            minute += MINUTE
-        return None
-
-
 # --- reading ------------------------------------------------------------------------------------------
 # schema.sql explains the OFFSET 0 in an EXISTS.
 
@@ -216,6 +218,7 @@ def read_snapshot(quinn: Any) -> Snapshot | None:
     sql = """
         SELECT paused, quiet_hours_start::text, quiet_hours_end::text, quiet_hours_tz,
                max_per_minute, max_per_hour, max_per_day, min_gap_seconds, device_id, approval_days,
+               quiet_hours_of, quiet_days, max_new_contacts_per_hour, max_new_contacts_per_day, max_per_client_per_week,
                now(),
                (SELECT count(*) FROM outreach_batch_items WHERE status = 'queued')
                + (SELECT count(*) FROM outreach_batch_items WHERE status = 'pending' AND claimed_at IS NOT NULL),
@@ -231,18 +234,41 @@ def read_snapshot(quinn: Any) -> Snapshot | None:
                       ORDER BY 1 DESC
                       LIMIT COALESCE(GREATEST(max_per_minute, max_per_hour, max_per_day), 0)),
                (SELECT min(claimed_at) FROM outreach_batch_items WHERE status = 'pending' AND claimed_at IS NOT NULL),
-               last_tick_at, last_synced_at, last_dispatched_at
+               last_tick_at, last_synced_at, last_dispatched_at,
+               (SELECT count(*) FILTER (WHERE new_contact) FROM outreach_batch_items WHERE status = 'queued')
+               + (SELECT count(*) FILTER (WHERE new_contact) FROM outreach_batch_items
+                   WHERE status = 'pending' AND claimed_at IS NOT NULL),
+               ARRAY((SELECT sent_at FROM outreach_batch_items
+                       WHERE status = 'sent' AND new_contact AND sent_at > now() - interval '1 day'
+                       ORDER BY sent_at DESC
+                       LIMIT COALESCE(GREATEST(max_new_contacts_per_hour, max_new_contacts_per_day), 0))
+                      UNION ALL
+                     (SELECT outcome_unknown_at FROM outreach_batch_items
+                       WHERE outcome_unknown_at > now() - interval '1 day' AND new_contact
+                       ORDER BY outcome_unknown_at DESC
+                       LIMIT COALESCE(GREATEST(max_new_contacts_per_hour, max_new_contacts_per_day), 0))
+                      ORDER BY 1 DESC
+                      LIMIT COALESCE(GREATEST(max_new_contacts_per_hour, max_new_contacts_per_day), 0))
           FROM outreach_settings
          WHERE id = 1
     """
     rows = db.query(quinn, sql)
-    return Snapshot(Settings(*rows[0][:10]), *rows[0][10:]) if rows else None
+    columns = len(Settings._fields)
+    return Snapshot(Settings(*rows[0][:columns]), *rows[0][columns:]) if rows else None
 
 
-def batches(quinn: Any) -> list[Batch]:
+def read_groups(quinn: Any, snapshot: Snapshot) -> Snapshot:
+    """Return the snapshot with the groups of the pending items, if the settings need them."""
+    if not snapshot.settings.is_by_recipient:
+        return snapshot
+    return snapshot._replace(groups=dict.fromkeys(recipient_groups.read(quinn), 0))
+
+
+def batches(quinn: Any, snapshot: Snapshot | None = None) -> list[Batch]:
     """Read the sending batches, least recently served first. The dispatcher serves them in this order.
 
-    A composed batch (with a digest) is left out until its owner has approved it, whatever its status.
+    A composed batch (with a digest) is left out until its owner has approved it, whatever its status. `snapshot`: with
+    groups, to say of each batch whether one of its items may go now.
     """
     sql = """
         WITH gap AS (
@@ -251,6 +277,9 @@ def batches(quinn: Any) -> list[Batch]:
             SELECT batch_id, outcome_unknown_at
               FROM outreach_batch_items
              WHERE outcome_unknown_at > now() - (SELECT seconds FROM gap) * interval '1 second'
+        ), due AS MATERIALIZED (
+            SELECT zones::text[] AS time_zones, is_new
+              FROM unnest(%(zones)s::text[], %(is_new)s::boolean[]) AS due (zones, is_new)
         )
         SELECT id,
                EXISTS (SELECT FROM outreach_batch_items WHERE batch_id = batch.id AND status = 'pending' OFFSET 0),
@@ -278,12 +307,29 @@ def batches(quinn: Any) -> list[Batch]:
                         WHERE batch_id = batch.id AND status = 'queued')
                     - (SELECT count(*) FROM outreach_batch_items
                         WHERE batch_id = batch.id AND status = 'pending' AND claimed_at IS NOT NULL)
-               END
+               END,
+               NOT %(in_groups)s OR EXISTS (
+                   SELECT FROM due
+                    WHERE EXISTS (SELECT FROM outreach_batch_items
+                                   WHERE status = 'pending' AND time_zones = due.time_zones
+                                     AND new_contact = due.is_new AND batch_id = batch.id OFFSET 0)),
+               NOT %(is_new_limited)s OR EXISTS (
+                   SELECT FROM due
+                    WHERE NOT due.is_new
+                      AND EXISTS (SELECT FROM outreach_batch_items
+                                   WHERE status = 'pending' AND time_zones = due.time_zones
+                                     AND new_contact = due.is_new AND batch_id = batch.id OFFSET 0))
           FROM outreach_batches AS batch, gap
          WHERE status = 'sending' AND NOT dry_run AND (digest IS NULL OR approved_at IS NOT NULL)
          ORDER BY last_served_at NULLS FIRST, created_at, id
     """
-    return [Batch(*row) for row in db.query(quinn, sql)]
+    due = due_groups(snapshot) if snapshot else None
+    is_new_limited = due is not None and bool(snapshot and snapshot.settings.new_contact_limits)
+    rows = db.query(quinn, sql, {**recipient_groups.parameters(due), "is_new_limited": is_new_limited})
+    not_due = {group: count for group, count in snapshot.groups.items() if group not in due} if snapshot and due else {}
+    held = recipients_hold(snapshot, not_due) if snapshot else None
+    held = held or Hold("looking up recipients", message="the next tick looks its recipients up", clears_itself=True)
+    return [Batch(*row[:-2])._replace(held=None if row[-2] else held, is_known_due=row[-1]) for row in rows]
 
 
 def devices(icloud: Any) -> list[Device]:
@@ -329,7 +375,7 @@ def decide(
     5. the batch of an item that an earlier tick claimed, and that may go now
     6. None, or results_hold(), if no item is pending
     7. limit_hold()
-    8. all_batches_hold(): each batch is held by its times, its first messages or the gap
+    8. all_batches_hold(): each batch is held by its times, its first messages, its recipients or the gap
     9. there is no device
     """
     hold = global_hold(snapshot)
@@ -412,59 +458,18 @@ def results_hold(snapshot: Snapshot, known: Sequence[Device] | None) -> Hold:
 
 
 def global_hold(snapshot: Snapshot | None) -> Hold | None:
-    """Return the hold of all batches: no settings, paused, or quiet hours. It applies also to queued rows."""
+    """Return the hold of all batches: no settings, paused, or the sender's quiet hours. It applies to queued rows, too.
+
+    It begins a little before quiet hours do (quiet_times.MARGIN).
+    """
     if snapshot is None:
         return Hold("no settings", details="outreach_settings has no row with id 1; run `python db.py migrate`")
     if snapshot.settings.paused:
         return Hold("paused")
-    hours = snapshot.settings.quiet_hours
-    if hours and hours.contains(snapshot.now):
-        return Hold("quiet hours", hours.next_change(snapshot.now, to_quiet=False))
-    return None
-
-
-def next_quiet_hours(snapshot: Snapshot) -> datetime | None:
-    """Return when quiet hours begin next; None if none are set."""
-    hours = snapshot.settings.quiet_hours
-    return hours.next_change(snapshot.now, to_quiet=True) if hours else None
-
-
-@functools.lru_cache(maxsize=1)  # without the cache, every tick would log the warning
-def quiet_hours(start: str | None, end: str | None, zone: str | None) -> QuietHours | None:
-    """Return the settings' quiet hours; None if they are not set, start and end together, or cannot be read."""
-    if problem := quiet_hours_problem(start, end, zone):
-        logger.warning("quiet hours are disabled start=%r end=%r tz=%r; %s", start, end, zone, problem)
-    if problem or not (start and end):
+    times = snapshot.settings.quiet_times
+    if times.of == "recipient" or times.is_open((), snapshot.now):
         return None
-    return QuietHours(_minute_of_day(start), _minute_of_day(end), ZoneInfo(zone) if zone else None)
-
-
-def quiet_hours_problem(start: str | None, end: str | None, zone: str | None) -> str | None:
-    """Return why these quiet hours are disabled, and what to do; None if they are valid or not set."""
-    if not start and not end:
-        return None
-    try:
-        is_same = _minute_of_day(start or "") == _minute_of_day(end or "")
-        ZoneInfo(zone or "UTC")
-    except (ValueError, KeyError, OSError) as error:  # the last two are ZoneInfo's, for an unknown name
-        return f"they cannot be read: {error}; set both to HH:MM and quiet_hours_tz to an IANA name or NULL"
-    if is_same:
-        return "start and end are the same, which means no quiet hours; to stop sending use paused = true"
-    return None
-
-
-def zone_of(name: str | None, otherwise: T) -> ZoneInfo | T:
-    """Return the time zone with an IANA name; `otherwise` if there is none of this name."""
-    with contextlib.suppress(ValueError, KeyError, OSError):  # the last two are ZoneInfo's, for an unknown name
-        return ZoneInfo(name) if name else otherwise
-    return otherwise
-
-
-def _minute_of_day(text: str) -> int:
-    match = re.fullmatch(r"([01]?[0-9]|2[0-3]):([0-5][0-9])(:00)?", text.strip())  # seconds: a column of type TIME
-    if not match:
-        raise ValueError(f"{text!r} is not HH:MM")
-    return int(match[1]) * 60 + int(match[2])
+    return Hold(QUIET_HOURS, times.next_open((), snapshot.now), "quiet day" if times.is_quiet_day(snapshot.now) else "")
 
 
 # --- limits and the gap -------------------------------------------------------------------------------
@@ -475,21 +480,46 @@ def limit_usage(snapshot: Snapshot) -> list[LimitUsage]:
 
     If items in flight did not count, a Mac that was off all day would send a burst when it is on again.
     """
+    return _usage(snapshot.settings.limits, WINDOWS, snapshot.now, snapshot.in_flight, snapshot.sent)
+
+
+def new_contact_usage(snapshot: Snapshot) -> list[LimitUsage]:
+    """Return the usage of each limit on new contacts that is set."""
+    limits = snapshot.settings.new_contact_limits
+    return _usage(limits, NEW_CONTACT_WINDOWS, snapshot.now, snapshot.new_in_flight, snapshot.new_sent)
+
+
+def _usage(
+    limits: Mapping[str, int],
+    windows: Mapping[str, timedelta],
+    now: datetime,
+    in_flight: int,
+    sent: Sequence[datetime],
+) -> list[LimitUsage]:
     found = []
-    for name, maximum in snapshot.settings.limits.items():
-        window = WINDOWS[name]
-        recent = bisect.bisect_left(snapshot.sent, window, key=snapshot.now.__sub__)  # newest first: ages ascend
-        used = recent + snapshot.in_flight
+    for name, maximum in limits.items():
+        window = windows[name]
+        recent = bisect.bisect_left(sent, window, key=now.__sub__)  # newest first: ages ascend
+        used = recent + in_flight
         # A place becomes free when the send that has `maximum - in_flight - 1` newer ones leaves the window.
-        leaver = maximum - snapshot.in_flight - 1
-        frees_at = snapshot.sent[leaver] + window if 0 <= leaver < recent else None
+        leaver = maximum - in_flight - 1
+        frees_at = sent[leaver] + window if 0 <= leaver < recent else None
         found.append(LimitUsage(name, maximum, used, frees_at if used >= maximum else None))
     return found
 
 
 def limit_hold(snapshot: Snapshot) -> Hold | None:
     """Return the hold of the limit that is reached; if several are, of the one that lasts longest."""
-    reached = [usage for usage in limit_usage(snapshot) if usage.used >= usage.maximum]
+    return _reached(limit_usage(snapshot))
+
+
+def new_contacts_hold(snapshot: Snapshot) -> Hold | None:
+    """Return the hold of new contacts: the limit that is reached, and lasts longest."""
+    return _reached(new_contact_usage(snapshot))
+
+
+def _reached(usages: Sequence[LimitUsage]) -> Hold | None:
+    reached = [usage for usage in usages if usage.used >= usage.maximum]
     if not reached:
         return None
     last = max(reached, key=lambda usage: (usage.frees_at or datetime.max.replace(tzinfo=UTC), usage.maximum == 0))
@@ -504,7 +534,81 @@ def limit_hold(snapshot: Snapshot) -> Hold | None:
 
 def remaining_capacity(snapshot: Snapshot) -> int | None:
     """Return how many items may go now before a limit is reached; None: no limit is set."""
-    return min((max(usage.maximum - usage.used, 0) for usage in limit_usage(snapshot)), default=None)
+    return _capacity(limit_usage(snapshot))
+
+
+def remaining_new_contacts(snapshot: Snapshot) -> int | None:
+    """Return how many new contacts may be written to now; None: no limit on them is set."""
+    return _capacity(new_contact_usage(snapshot))
+
+
+def _capacity(usages: Sequence[LimitUsage]) -> int | None:
+    return min((max(usage.maximum - usage.used, 0) for usage in usages), default=None)
+
+
+# --- recipients ---------------------------------------------------------------------------------------
+
+
+def due_groups(snapshot: Snapshot) -> list[Group] | None:
+    """Return the groups whose items may go now; None if those of all groups may."""
+    if not snapshot.settings.is_by_recipient:
+        return None
+    limit = new_contacts_hold(snapshot)
+    due = [group for group in snapshot.groups if _opens_at(snapshot, group, limit) == snapshot.now]
+    return due if len(due) < len(snapshot.groups) else None
+
+
+def _opens_at(snapshot: Snapshot, group: Group, limit: Hold | None) -> datetime | None:
+    """Return when an item of a group may go: now, or later; None if only a result, or a person, can tell.
+
+    `limit`: new_contacts_hold().
+    """
+    if group.time_zones is None:
+        return None
+    start = snapshot.now
+    if limit and group.is_new:
+        if limit.until is None:
+            return None
+        start = limit.until
+    return snapshot.settings.quiet_times.next_open(group.time_zones, start)
+
+
+def recipients_hold(snapshot: Snapshot, groups: Mapping[Group, int]) -> Hold | None:
+    """Return the hold of items in these groups if none of them may go now, because of their recipients.
+
+    `groups`: with the number of items of each. Items of which the dispatcher has not looked up the recipient yet are
+    not held by this.
+    """
+    if not snapshot.settings.is_by_recipient or not groups or any(group.time_zones is None for group in groups):
+        return None
+    times, now = snapshot.settings.quiet_times, snapshot.now
+    limit = new_contacts_hold(snapshot)
+    opens = {group: _opens_at(snapshot, group, limit) for group in groups}
+    if now in opens.values():
+        return None
+    total = sum(groups.values())
+    first = min((moment for moment in opens.values() if moment), default=None)
+    asleep = [group for group in groups if not times.is_open(group.time_zones or (), now)]
+    if limit and len(asleep) < len(groups):
+        quiet = sum(groups[group] for group in asleep)
+        where = f"; it is quiet where the other {quiet} are" if quiet else ""
+        message = f"{limit.message}, and {_count(total - quiet)} to new contacts{where}"
+        return limit._replace(until=first, message=message, clears_itself=limit.clears_itself and first is None)
+    if first is None and all(times.next_open(group.time_zones or (), now) is None for group in groups):
+        who = "1 remaining recipient" if total == 1 else f"all {total} remaining recipients"
+        return Hold(NO_HOUR, message=f"{who}: no hour is outside quiet hours in all time zones that count")
+    message = (
+        "quiet where the remaining recipient is" if total == 1 else f"quiet where all {total} remaining recipients are"
+    )
+    next_count = sum(groups[group] for group, moment in opens.items() if moment == first)
+    return Hold(QUIET_FOR_RECIPIENTS, first, message, clears_itself=first is None, next_count=next_count)
+
+
+def _count(messages: int) -> str:
+    return "the remaining message goes" if messages == 1 else f"{messages} remaining messages go"
+
+
+# --- batches ------------------------------------------------------------------------------------------
 
 
 def batch_gap_hold(snapshot: Snapshot, batch: Batch) -> Hold | None:
@@ -519,13 +623,13 @@ def batch_gap_hold(snapshot: Snapshot, batch: Batch) -> Hold | None:
 
 
 def batch_hold(snapshot: Snapshot, batch: Batch) -> Hold | None:
-    """Return the hold of one batch: its times, its first messages, or the gap."""
+    """Return the hold of one batch: its times, its first messages, its recipients, or the gap."""
     if hold := batch_time_hold(snapshot, batch):
         return hold
     if batch.first_left is not None and batch.first_left <= 0:
         message = f"the first messages of batch {batch.id[:8]}… are on their way"
         return Hold("first messages", message=message, clears_itself=True)
-    return batch_gap_hold(snapshot, batch)
+    return batch.held or batch_gap_hold(snapshot, batch)
 
 
 def batch_time_hold(snapshot: Snapshot, batch: Batch) -> Hold | None:
@@ -550,6 +654,8 @@ def all_batches_hold(snapshot: Snapshot, waiting: Sequence[Batch]) -> Hold | Non
             if hold is None:
                 return None
             holds.append(hold)
+    if len(holds) > 1 and all(batch.held for batch in waiting if batch.pending):
+        return recipients_hold(snapshot, snapshot.groups) or holds[0]
     latest = datetime.max.replace(tzinfo=UTC)
     return min(holds, key=lambda hold: (hold.code == NOT_BEGUN, hold.until or latest), default=None)
 
@@ -560,20 +666,29 @@ def eligible_batches(snapshot: Snapshot, waiting: Sequence[Batch]) -> Iterator[B
 
 
 def claim_round_robin(
-    snapshot: Snapshot, waiting: Sequence[Batch], claim: Callable[[Sequence[str]], int]
+    snapshot: Snapshot, waiting: Sequence[Batch], claim: Callable[[Snapshot, Sequence[str]], tuple[int, int]]
 ) -> tuple[Snapshot, bool]:
     """Claim one item of each eligible batch while the limits have capacity.
 
-    Returns the snapshot after the claims, and whether eligible batches are left. `claim` gets batch ids, claims the
-    next item of each batch, and returns the number of claimed items.
+    Returns the snapshot after the claims, and whether eligible batches are left. `claim` gets the snapshot and batch
+    ids, claims the next item of each batch that may go, and returns the number of claimed items, and of new contacts
+    among them.
     """
-    eligible = eligible_batches(snapshot, waiting)
+    eligible = (
+        batch
+        for batch in eligible_batches(snapshot, waiting)
+        # `snapshot` is that of the moment. If the limit on new contacts is reached, only known clients are left.
+        if batch.is_known_due or remaining_new_contacts(snapshot) != 0
+    )
     while not limit_hold(snapshot):
         # If a batch has only unreachable clients left, its capacity goes to the next batch. Otherwise this runs once.
         served = [batch.id for batch in itertools.islice(eligible, remaining_capacity(snapshot))]
         if not served:
             return snapshot, False
-        snapshot = snapshot._replace(in_flight=snapshot.in_flight + claim(served))
+        claimed, new_contacts = claim(snapshot, served)
+        snapshot = snapshot._replace(
+            in_flight=snapshot.in_flight + claimed, new_in_flight=snapshot.new_in_flight + new_contacts
+        )
     return snapshot, next(eligible, None) is not None
 
 

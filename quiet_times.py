@@ -1,9 +1,9 @@
 """Decide when it is quiet for a recipient: quiet hours and quiet days, in every time zone that counts.
 
-Used by pacing.py and the dispatcher, which ask for each item, and by composing.py. Reads no table and no clock. All
-datetimes are aware. A message may go only while it is quiet in none of the zones. Example:
+Used by pacing.py, the dispatcher and recipients.py. Reads no table and no clock. All datetimes are aware. A message may
+go only while it is quiet in none of the zones. Example:
 
-    times = QuietTimes(21 * 60, 8 * 60, ZoneInfo("Europe/Berlin"), "recipient", quiet_days("sat,sun,2026-12-25"))
+    times = read("21:00", "08:00", "Europe/Berlin", "recipient", "sat,sun,2026-12-25")
     times.next_open(["America/Chicago", "America/New_York"], now)
 
 How it is computed: for each zone and each day of UTC, the quiet minutes are the bits of one integer, and the zones of a
@@ -12,11 +12,13 @@ tick with many items costs one look-up for each different set of zones.
 """
 
 import bisect
+import contextlib
 import functools
+import logging
 import re
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta, tzinfo
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 from zoneinfo import ZoneInfo
 
 import zones
@@ -34,6 +36,8 @@ WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", 
 QUIET_DAYS_REMEDY = "write weekdays and dates such as sat,sun,2026-12-25"
 
 Of = Literal["sender", "recipient", "both"]
+T = TypeVar("T")
+logger = logging.getLogger("outreach-dispatcher")
 
 
 class QuietDays(NamedTuple):
@@ -102,6 +106,59 @@ class QuietTimes(NamedTuple):
         quiet = self.next_quiet(names, moment)
         return quiet - MARGIN if quiet else None
 
+    def is_quiet_day(self, moment: datetime) -> bool:
+        """Return whether it is a quiet day where the sender is."""
+        return self.days.contains(moment.astimezone(self.sender).toordinal())
+
+    def is_elsewhere(self, names: Sequence[str], moment: datetime) -> bool:
+        """Return whether the clocks of one of the zones differ from the sender's."""
+        here = moment.astimezone(self.sender).utcoffset()
+        return any(zones.is_known(name) and moment.astimezone(ZoneInfo(name)).utcoffset() != here for name in names)
+
+    def open_share(self, moment: datetime) -> float:
+        """Return for which part of the next 7 days messages may go, where the sender is."""
+        day, _ = _utc_minute(moment)
+        closed = [_closed_minutes(self, (), day + ahead).bit_count() for ahead in range(7)]
+        return 1 - sum(closed) / (7 * DAY)
+
+
+# --- reading the settings -----------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)  # without the cache, every tick would log the warnings
+def read(start: str | None, end: str | None, zone: str | None, of: str | None, days: str | None) -> QuietTimes:
+    """Return the quiet times of the settings of these names. What cannot be read is left out, with a warning."""
+    if problem := hours_problem(start, end, zone):
+        logger.warning("quiet hours are disabled start=%r end=%r tz=%r; %s", start, end, zone, problem)
+    if unreadable := quiet_days_problem(days):
+        logger.warning("quiet days are incomplete quiet_days=%r; %s", days, unreadable)
+    found = quiet_days(days)
+    whose: Of = "recipient" if of == "recipient" else "both" if of == "both" else "sender"
+    if problem or not (start and end):
+        return QuietTimes(0, 0, zone_of(zone, None), whose, found)
+    return QuietTimes(_minute_of_day(start), _minute_of_day(end), zone_of(zone, None), whose, found)
+
+
+def hours_problem(start: str | None, end: str | None, zone: str | None) -> str | None:
+    """Return why these quiet hours are disabled, and what to do; None if they are valid or not set."""
+    if not start and not end:
+        return None
+    try:
+        is_same = _minute_of_day(start or "") == _minute_of_day(end or "")
+        ZoneInfo(zone or "UTC")
+    except (ValueError, KeyError, OSError) as error:  # the last two are ZoneInfo's, for an unknown name
+        return f"they cannot be read: {error}; set both to HH:MM and quiet_hours_tz to an IANA name or NULL"
+    if is_same:
+        return "start and end are the same, which means no quiet hours; to stop sending use paused = true"
+    return None
+
+
+def zone_of(name: str | None, otherwise: T) -> ZoneInfo | T:
+    """Return the time zone with an IANA name; `otherwise` if there is none of this name."""
+    with contextlib.suppress(ValueError, KeyError, OSError):  # the last two are ZoneInfo's, for an unknown name
+        return ZoneInfo(name) if name else otherwise
+    return otherwise
+
 
 def is_of(text: str | None) -> bool:
     """Return whether `text` is a value of quiet_hours_of."""
@@ -126,6 +183,13 @@ def quiet_days_problem(text: str | None) -> str | None:
         return "every day of the week is quiet; to stop sending, set paused = true"
     dates = [part for part in _parts(text) if isinstance(_day(part), date)]
     return f"more than {MAX_DATES} dates: remove those that are past" if len(dates) > MAX_DATES else None
+
+
+def _minute_of_day(text: str) -> int:
+    match = re.fullmatch(r"([01]?[0-9]|2[0-3]):([0-5][0-9])(:00)?", text.strip())  # seconds: a column of type TIME
+    if not match:
+        raise ValueError(f"{text!r} is not HH:MM")
+    return int(match[1]) * 60 + int(match[2])
 
 
 def _parts(text: str | None) -> list[str]:

@@ -18,6 +18,8 @@ import batches
 import db
 import forecast
 import pacing
+import quiet_times
+import snapshots
 
 MAX_FAILURES = 5  # reasons that are listed
 MAX_CLOCK_DIFFERENCE = timedelta(seconds=5)  # between the hosts of the two databases
@@ -145,16 +147,16 @@ class Ended(NamedTuple):
 class Databases(NamedTuple):
     """What was read of both databases. `outreach` and `ended`, or `queue`, are None where `problems` says why."""
 
-    outreach: forecast.OutreachSnapshot | None
+    outreach: snapshots.OutreachSnapshot | None
     ended: Ended | None
-    queue: forecast.QueueSnapshot | None
+    queue: snapshots.QueueSnapshot | None
     problems: list[db.DatabaseProblem]
 
 
 def read_databases(batch_id: str | None = None) -> Databases:
     """Read both databases; with `batch_id`, that batch too, whatever its status."""
 
-    def read_quinn(quinn: Any) -> tuple[forecast.OutreachSnapshot, Ended]:
+    def read_quinn(quinn: Any) -> tuple[snapshots.OutreachSnapshot, Ended]:
         ended = Ended(
             _read_idle_batches(quinn),
             _read_stopped(quinn),
@@ -162,12 +164,11 @@ def read_databases(batch_id: str | None = None) -> Databases:
             _read_failures(quinn),
             *_count_unknown(quinn),
         )
-        return forecast.read_outreach(quinn, batch_id), ended
+        return snapshots.read_outreach(quinn, batch_id), ended
 
     quinn, quinn_problem = read_database("quinn", read_quinn)
     outreach, ended = quinn or (None, None)
-    queued_items = outreach.queued_items if outreach else []
-    queue, queue_problem = read_database("icloud", lambda icloud: forecast.read_queue(icloud, queued_items))
+    queue, queue_problem = read_database("icloud", lambda icloud: snapshots.read_queue(icloud, outreach))
     problems = [problem for problem in (quinn_problem, queue_problem) if problem]
     return Databases(outreach, ended, queue, problems)
 
@@ -281,14 +282,16 @@ def report(interval: timedelta) -> Report:
         finished_batches=read.ended.finished if read.ended else None,
         idle_batches=read.ended.idle_batches if read.ended else None,
         unknown_outcomes=read.ended.unknown if read.ended else None,
-        limits=[LimitLine(*usage) for usage in pacing.limit_usage(snapshot)] if snapshot else None,
+        limits=[
+            LimitLine(*usage) for usage in (*pacing.limit_usage(snapshot), *pacing.new_contact_usage(snapshot))
+        ] if snapshot else None,
         devices=[DeviceLine(*device) for device in devices] if devices is not None else None,
         failures=read.ended.failures if read.ended else None,
     )  # fmt: skip
 
 
 def _decide(
-    outreach: forecast.OutreachSnapshot,
+    outreach: snapshots.OutreachSnapshot,
     ended: Ended | None,
     devices: Sequence[pacing.Device] | None,
     interval: timedelta,
@@ -311,7 +314,7 @@ def _decide(
 
 
 def _batch_line(
-    outreach: forecast.OutreachSnapshot,
+    outreach: snapshots.OutreachSnapshot,
     simulation: forecast.BatchSimulation | None,
     batch: pacing.Batch,
     formatter: "LocalTimeFormatter",
@@ -335,9 +338,9 @@ def _batch_line(
 
 
 def _warnings(
-    outreach: forecast.OutreachSnapshot | None,
+    outreach: snapshots.OutreachSnapshot | None,
     ended: Ended | None,
-    queue: forecast.QueueSnapshot | None,
+    queue: snapshots.QueueSnapshot | None,
     now: datetime,
 ) -> list[str]:
     """Return what an operator has to correct although it holds nothing now."""
@@ -349,9 +352,11 @@ def _warnings(
     if outreach and outreach.snapshot:
         settings = outreach.snapshot.settings
         start, end, zone = settings.quiet_hours_start, settings.quiet_hours_end, settings.quiet_hours_tz
-        if problem := pacing.quiet_hours_problem(start, end, zone):
+        if problem := quiet_times.hours_problem(start, end, zone):
             found.append(f"quiet hours are disabled: start={start!r} end={end!r} tz={zone!r}; {problem}")
-    if outreach and (unreadable := "".join(outreach.predicted_outcomes.values()).count(forecast.UNREADABLE)):
+        if problem := quiet_times.quiet_days_problem(settings.quiet_days):
+            found.append(f"quiet days: {problem}")
+    if unreadable := _count_unreadable(outreach):
         found.append(forecast.unreadable_note(unreadable))
     has_hold = pacing.device_problem_hold(devices or (), now) is not None  # then the first line says it
     if not has_hold:
@@ -366,7 +371,12 @@ def _warnings(
     return found
 
 
-def _clock_warnings(outreach: forecast.OutreachSnapshot, queue: forecast.QueueSnapshot) -> list[str]:
+def _count_unreadable(outreach: snapshots.OutreachSnapshot | None) -> int:
+    items = [item for batch in outreach.items.values() for item in batch] if outreach else []
+    return sum(item.outcome == snapshots.UNREADABLE for item in items)
+
+
+def _clock_warnings(outreach: snapshots.OutreachSnapshot, queue: snapshots.QueueSnapshot) -> list[str]:
     """Return a warning if the clocks of the two databases differ.
 
     icloud is read after quinn, perhaps seconds later: so each clock is compared with this host's.
@@ -389,7 +399,7 @@ class LocalTimeFormatter:
 
     def __init__(self, now: datetime, zone: str | None) -> None:
         self.now = now
-        self.zone = pacing.zone_of(zone, None)
+        self.zone = quiet_times.zone_of(zone, None)
         self.name = zone if self.zone else now.astimezone().tzname()
 
     def at(self, moment: datetime) -> str:
@@ -410,6 +420,7 @@ ADVICE = {
     "dispatch job fails": "See why: journalctl -u outreach-dispatcher -p err -n 30",
     "server unavailable": "See: systemctl status 'send-queue-server*'; journalctl -u outreach-dispatcher -n 30",
     "waiting for device": "Switch the device on, and see that its sender runs and has its token.",
+    pacing.NO_HOUR: "Shorten quiet hours, or set quiet_hours_of to 'sender' or 'recipient'.",
     "limit reached": "Nothing goes while a limit is 0. For none: UPDATE outreach_settings SET … = NULL;",
 }
 RESUME = "{} Then: python outreach.py resume {}"
@@ -428,17 +439,19 @@ def describe_hold(hold: pacing.Hold, formatter: LocalTimeFormatter) -> str:
     message = hold.message or ": ".join(part for part in (hold.code, hold.details) if part)
     if hold.until is None:
         return message
-    if hold.code == forecast.QUIET_HOURS:
+    if hold.code == pacing.QUIET_HOURS:
         length = pacing.format_duration(hold.until - formatter.now)
         return f"{message} until {formatter.at(hold.until)} ({formatter.name}), {length}"
     if hold.code == pacing.NOT_BEGUN:
         return f"{message} at {formatter.at(hold.until)}"
+    if hold.code == pacing.QUIET_FOR_RECIPIENTS:
+        return f"{message}; next at {formatter.at(hold.until)} for {hold.next_count} of them"
     what = "place" if hold.code.startswith("limit") else "message"
     return f"{message}; next {what} at {formatter.at(hold.until)}"
 
 
 def summarize(
-    decision: pacing.Decision, outreach: forecast.OutreachSnapshot, interval: timedelta, formatter: LocalTimeFormatter
+    decision: pacing.Decision, outreach: snapshots.OutreachSnapshot, interval: timedelta, formatter: LocalTimeFormatter
 ) -> Summary:
     """Return a decision as the first line."""
     if decision is None:
@@ -475,7 +488,7 @@ def summarize_stopped(batch: StoppedBatch) -> Summary:
     )
 
 
-def _pace_advice(outreach: forecast.OutreachSnapshot, interval: timedelta) -> str | None:
+def _pace_advice(outreach: snapshots.OutreachSnapshot, interval: timedelta) -> str | None:
     """Return why fewer messages go than max_per_minute allows: each batch sends one in each tick."""
     maximum = outreach.snapshot.settings.max_per_minute if outreach.snapshot else None
     pending = [batch for batch in outreach.waiting if batch.pending]

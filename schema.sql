@@ -320,6 +320,10 @@ ALTER TABLE outreach_batches ADD COLUMN IF NOT EXISTS erased_at TIMESTAMPTZ;
 -- `outcome_unknown_at` is when an attempt ended that may have been sent; it counts against the limits as sent. While the
 -- item is `failed`, the last attempt has the unknown outcome. `handle_key` is the recipient that the owner approved.
 -- At `erased_at` the text and the handle of an ended item were erased; it is never sent again.
+-- `time_zones` are those in which the recipient may be, sorted; empty: the sender's counts; NULL: nobody has looked yet.
+-- (With another collation than "C", comparing them would be the main cost of a tick.)
+-- `new_contact` says of a pending item whether the client was never written to before, and of any other item whether it
+-- was the first message to its client.
 CREATE TABLE IF NOT EXISTS outreach_batch_items (
     id                 UUID PRIMARY KEY DEFAULT gen_random_uuid(),
     batch_id           UUID NOT NULL REFERENCES outreach_batches (id) ON DELETE CASCADE,
@@ -338,12 +342,15 @@ CREATE TABLE IF NOT EXISTS outreach_batch_items (
     outcome_unknown_at TIMESTAMPTZ,
     handle_key         TEXT,
     erased_at          TIMESTAMPTZ,
+    time_zones         TEXT[] COLLATE "C",
+    new_contact        BOOLEAN,
     CONSTRAINT outreach_batch_items_status_is_known
         CHECK (status IN ('pending', 'queued', 'sent', 'failed', 'skipped')),
     CONSTRAINT outreach_batch_items_sent_has_a_time CHECK (status <> 'sent' OR sent_at IS NOT NULL),
     CONSTRAINT outreach_batch_items_attempt_is_a_number_from_1 CHECK (attempt >= 1),
     CONSTRAINT outreach_batch_items_erased_has_ended
-        CHECK (erased_at IS NULL OR status IN ('sent', 'failed', 'skipped'))
+        CHECK (erased_at IS NULL OR status IN ('sent', 'failed', 'skipped')),
+    CONSTRAINT outreach_batch_items_recipient_is_known_whole CHECK (time_zones IS NULL OR new_contact IS NOT NULL)
 );
 ALTER TABLE outreach_batch_items ADD COLUMN IF NOT EXISTS queued_at TIMESTAMPTZ;
 ALTER TABLE outreach_batch_items ADD COLUMN IF NOT EXISTS device_id UUID;
@@ -352,10 +359,15 @@ ALTER TABLE outreach_batch_items ADD COLUMN IF NOT EXISTS attempt INTEGER NOT NU
 ALTER TABLE outreach_batch_items ADD COLUMN IF NOT EXISTS outcome_unknown_at TIMESTAMPTZ;
 ALTER TABLE outreach_batch_items ADD COLUMN IF NOT EXISTS handle_key TEXT;
 ALTER TABLE outreach_batch_items ADD COLUMN IF NOT EXISTS erased_at TIMESTAMPTZ;
+ALTER TABLE outreach_batch_items ADD COLUMN IF NOT EXISTS time_zones TEXT[] COLLATE "C";
+ALTER TABLE outreach_batch_items ADD COLUMN IF NOT EXISTS new_contact BOOLEAN;
 
 -- One row. A limit of NULL means no limit. Quiet hours are HH:MM, both or neither, in `quiet_hours_tz` (an IANA name;
 -- NULL: the local time of the dispatcher's host). If start and end are the same, there are no quiet hours. They have no
--- CHECK: an invalid value disables them, and the dispatcher logs a warning. `stop_after_failures` failed results of
+-- CHECK: an invalid value disables them, and the dispatcher logs a warning. `quiet_hours_of` says whose night counts:
+-- the sender's, the recipient's, or both. `quiet_days` are weekdays and dates on which nothing goes, such as
+-- `sat,sun,2026-12-25`. `max_new_contacts_per_hour` and `_per_day` limit the messages to clients who were never written
+-- to; `max_per_client_per_week` those to one client. `stop_after_failures` failed results of
 -- devices in a row pause a composed batch; NULL or 0 disables this. An approval lapses after `approval_days`; NULL:
 -- never. Texts and handles are erased `keep_bodies_days` after their end; NULL: never. It is at least 8, because an
 -- unknown outcome may be found out for 8 days. The dispatcher writes the last three columns: when each job last
@@ -366,9 +378,14 @@ CREATE TABLE IF NOT EXISTS outreach_settings (
     quiet_hours_start         TEXT,
     quiet_hours_end           TEXT,
     quiet_hours_tz            TEXT,
+    quiet_hours_of            TEXT NOT NULL DEFAULT 'sender',
+    quiet_days                TEXT,
     max_per_minute            INTEGER,
     max_per_hour              INTEGER,
     max_per_day               INTEGER,
+    max_new_contacts_per_hour INTEGER,
+    max_new_contacts_per_day  INTEGER,
+    max_per_client_per_week   INTEGER,
     min_gap_seconds           INTEGER,
     device_id                 UUID,
     stop_after_failures       INTEGER DEFAULT 5,
@@ -379,7 +396,10 @@ CREATE TABLE IF NOT EXISTS outreach_settings (
     last_tick_at              TIMESTAMPTZ,
     CONSTRAINT outreach_settings_is_one_row CHECK (id = 1),
     CONSTRAINT outreach_settings_limits_are_not_negative
-        CHECK (LEAST(max_per_minute, max_per_hour, max_per_day, min_gap_seconds) >= 0),
+        CHECK (LEAST(max_per_minute, max_per_hour, max_per_day, min_gap_seconds, max_new_contacts_per_hour,
+                     max_new_contacts_per_day) >= 0),
+    CONSTRAINT outreach_settings_max_per_client_per_week_is_positive CHECK (max_per_client_per_week > 0),
+    CONSTRAINT outreach_settings_quiet_hours_of_is_known CHECK (quiet_hours_of IN ('sender', 'recipient', 'both')),
     CONSTRAINT outreach_settings_keep_bodies_days_is_8_or_more CHECK (keep_bodies_days >= 8),
     CONSTRAINT outreach_settings_approval_days_is_positive CHECK (approval_days > 0),
     CONSTRAINT outreach_settings_stop_after_failures_is_not_negative CHECK (stop_after_failures >= 0)
@@ -389,6 +409,11 @@ ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS device_id UUID;
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS stop_after_failures INTEGER DEFAULT 5;
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS approval_days INTEGER DEFAULT 7;
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS keep_bodies_days INTEGER;
+ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS quiet_hours_of TEXT NOT NULL DEFAULT 'sender';
+ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS quiet_days TEXT;
+ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS max_new_contacts_per_hour INTEGER;
+ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS max_new_contacts_per_day INTEGER;
+ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS max_per_client_per_week INTEGER;
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS last_dispatched_at TIMESTAMPTZ;
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS last_synced_at TIMESTAMPTZ;
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS last_tick_at TIMESTAMPTZ;
@@ -418,6 +443,12 @@ CREATE INDEX IF NOT EXISTS outreach_batches_sending
 -- A batch's next item, and the EXISTS that checks whether a batch has pending items.
 CREATE INDEX IF NOT EXISTS outreach_batch_items_pending
     ON outreach_batch_items (batch_id, created_at, id) WHERE status = 'pending';
+-- A batch's next item for recipients in some time zones, known or new ones, and the sets of zones that there are.
+CREATE INDEX IF NOT EXISTS outreach_batch_items_pending_of_recipients
+    ON outreach_batch_items (time_zones, new_contact, batch_id, created_at, id) WHERE status = 'pending';
+-- The first messages to clients, newest first, for the limits on new contacts.
+CREATE INDEX IF NOT EXISTS outreach_batch_items_first_contacts
+    ON outreach_batch_items (sent_at) WHERE status = 'sent' AND new_contact;
 -- The items in flight: the sync job reads their results, and they count against every limit.
 CREATE INDEX IF NOT EXISTS outreach_batch_items_queued
     ON outreach_batch_items (batch_id) WHERE status = 'queued';

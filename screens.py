@@ -93,10 +93,10 @@ REASONS = {
     "optedOut": "opted out",
     "sameHandle": "the same number as somebody before",
     "sentRecently": "written to within the days that were asked for",
-    "overWeeklyLimit": "over the weekly limit for a person",
+    "overWeeklyLimit": "had as many messages in a week as a person may get",
+    "noHour": "no hour at which they may be written to",
     "emptyVariable": "a variable of the text is empty",
     "tooLong": "their text is too long",
-    "noHour": "no hour at which they may be written to",
 }
 SAMPLES = 3  # names beside a reason
 NO_TIME = "no time known"

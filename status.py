@@ -22,6 +22,7 @@ from rich.text import Text
 
 import forecast
 import pacing
+import quiet_times
 import report
 import runtime
 
@@ -219,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.watch and arguments.forecast:
         parser.error("--forecast cannot be combined with --watch: leave out --watch")
     runtime.load_settings()
-    pacing.logger.disabled = True  # the report shows its warnings
+    quiet_times.logger.disabled = True  # the report shows its warnings
     interval = timedelta(seconds=runtime.env_int("DISPATCH_INTERVAL_SECONDS", 30))
     console = Console(highlight=False)
     if not console.is_terminal:

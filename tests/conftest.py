@@ -46,7 +46,7 @@ from testing import (
 import db
 import dispatcher
 import outreach_server
-import pacing
+import quiet_times
 import send_queue_server
 import serving
 
@@ -93,9 +93,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # The files that `make owner-test` runs.
 OWNER_TESTS = {
-    "alert", "approved", "audience", "composing", "composing_clients", "composing_whole", "importing",
-    "openapi_owner", "outreach", "outreach_server", "owner_opt_outs", "personal_data", "quiet_times", "screens",
-    "settings", "templates", "unusual", "zones",
+    "alert", "approved", "audience", "composing", "composing_clients", "composing_recipients", "composing_whole",
+    "importing", "openapi_owner", "outreach", "outreach_server", "owner_opt_outs", "personal_data", "quiet_times",
+    "screens", "settings", "templates", "unusual", "zones",
 }  # fmt: skip
 
 
@@ -131,8 +131,8 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """
     monkeypatch.setattr(dispatcher, "decision_log", dispatcher.DecisionLog())
     monkeypatch.setattr(dispatcher, "RETRY_PAUSE", 0)
-    monkeypatch.setattr(pacing.logger, "disabled", False)  # status.main() disables it for its process
-    pacing.quiet_hours.cache_clear()
+    monkeypatch.setattr(quiet_times.logger, "disabled", False)  # status.main() disables it for its process
+    quiet_times.read.cache_clear()
     dispatcher.stop.clear()
     schedule.clear()
     yield

@@ -13,6 +13,7 @@ from testing import DeviceClient, TestData, wait_until
 
 import batches
 import db
+import pacing
 
 COLLECT_ID = "1b671a64-40d5-491e-99b0-da01ff1f3341"
 OTHER_ID = "2b671a64-40d5-491e-99b0-da01ff1f3342"
@@ -268,7 +269,10 @@ def test_a_message_is_never_both_collected_and_withdrawn(world: TestData, mini: 
 
     def withdraw() -> int:
         barrier.wait()
-        return sum(batches.withdraw(world.databases.quinn, world.databases.icloud, None) for _ in range(3))
+        return sum(
+            batches.withdraw(world.databases.quinn, world.databases.icloud, pacing.read_snapshot(world.databases.quinn))
+            for _ in range(3)
+        )
 
     with ThreadPoolExecutor() as threads:
         withdrawn = threads.submit(withdraw)

@@ -179,7 +179,7 @@ def test_installation_commands_work_without_a_host(databases: Databases) -> None
 def test_commands_about_people_work(world: TestData, tmp_path: Path) -> None:
     world.item(world.batch(status="sent"), world.client(), status="sent", sent_at="2026-01-01", rendered_body="Hi Maya")
     blocks = code_blocks(ROOT / "docs" / "people.md", "sh")
-    assert len(blocks) == 5
+    assert len(blocks) == 7
     done = run([block.replace("opt-outs.csv", str(tmp_path / "opt-outs.csv")) for block in blocks])
     assert "0 people opted out; 1 person had opted out before." in done.stdout
     assert "rendered_body: Hi Maya" in done.stdout

@@ -415,7 +415,7 @@ HISTORY = """
 """
 
 
-@pytest.mark.parametrize("version", ["first", "second", "third", "fourth"])
+@pytest.mark.parametrize("version", ["first", "second", "third", "fourth", "fifth"])
 def test_older_schema_version_migrates_with_its_data(
     databases: Databases, empty_database: str, capsys: pytest.CaptureFixture[str], version: str
 ) -> None:

@@ -18,6 +18,7 @@ from testing import SERVICE_TOKEN, TestData
 import db
 import dispatcher
 import pacing
+import quiet_times
 
 # With daylight saving of an hour, of half an hour, in the south, with half hours and quarters of one in the offset.
 ZONES = (
@@ -79,8 +80,7 @@ ORACLE = """
           FROM minute
     )
     SELECT (SELECT quiet FROM judged WHERE moment = %(moment)s),
-           (SELECT min(moment) FROM judged WHERE quiet AND moment > %(moment)s),
-           (SELECT min(moment) FROM judged WHERE NOT quiet AND moment > %(moment)s)
+           (SELECT min(moment) FROM judged WHERE quiet)
 """
 
 
@@ -96,20 +96,18 @@ def test_quiet_hours_agree_with_postgresql(
     if start == end:
         return
     parameters = {"zone": zone, "moment": moment, "start": hhmm(start), "end": hhmm(end)}
-    [(quiet, next_quiet, next_loud)] = db.query(postgres_clock, ORACLE, parameters)
-    hours = pacing.quiet_hours(hhmm(start), hhmm(end), zone)
-    assert hours
-    assert hours.contains(moment) is quiet
-    assert hours.next_change(moment, to_quiet=True) == next_quiet
-    assert hours.next_change(moment, to_quiet=False) == next_loud
+    [(quiet, next_quiet)] = db.query(postgres_clock, ORACLE, parameters)
+    times = quiet_times.read(hhmm(start), hhmm(end), zone, "sender", None)
+    assert times.is_quiet((), moment) is quiet
+    assert times.next_quiet((), moment) == next_quiet
 
 
 def test_quiet_hours_include_start_and_exclude_end() -> None:
     for start, end in ((21 * 60, 8 * 60), (13 * 60, 14 * 60)):
-        hours = pacing.QuietHours(start, end, ZoneInfo("UTC"))
+        times = quiet_times.QuietTimes(start, end, ZoneInfo("UTC"))
         second = timedelta(seconds=1)
         first, last = MIDNIGHT + timedelta(minutes=start), MIDNIGHT + timedelta(minutes=end)
-        covered = [hours.contains(moment) for moment in (first - second, first, last - second, last)]
+        covered = [times.is_quiet((), moment) for moment in (first - second, first, last - second, last)]
         assert covered == [False, True, True, False]
 
 
@@ -118,13 +116,16 @@ def test_quiet_hours_default_to_local_time(monkeypatch: pytest.MonkeyPatch, zone
     monkeypatch.setenv("TZ", zone)
     time.tzset()
     try:
-        hours = pacing.quiet_hours("07:00", "09:00", None)
-        assert hours
-        assert hours.contains(datetime(2026, 1, 15, utc_hour, 30, tzinfo=UTC))
-        assert not hours.contains(datetime(2026, 1, 15, utc_hour + 3, 30, tzinfo=UTC))
+        quiet_times._quiet_in_zone.cache_clear()
+        quiet_times._quiet_minutes.cache_clear()
+        times = quiet_times.read("07:00", "09:00", None, "sender", None)
+        assert times.is_quiet((), datetime(2026, 1, 15, utc_hour, 30, tzinfo=UTC))
+        assert not times.is_quiet((), datetime(2026, 1, 15, utc_hour + 3, 30, tzinfo=UTC))
     finally:
         monkeypatch.undo()
         time.tzset()
+        quiet_times._quiet_in_zone.cache_clear()
+        quiet_times._quiet_minutes.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -132,8 +133,8 @@ def test_quiet_hours_default_to_local_time(monkeypatch: pytest.MonkeyPatch, zone
     [("00:00", 0), ("7:05", 425), ("07:05", 425), ("23:59", 1439), (" 21:00 ", 1260), ("21:00:00", 1260)],
 )
 def test_time_of_day_formats(text: str, minute: int) -> None:
-    hours = pacing.quiet_hours(text, "12:34", "UTC")
-    assert hours == pacing.QuietHours(minute, 754, ZoneInfo("UTC"))
+    times = quiet_times.read(text, "12:34", "UTC", "sender", None)
+    assert times == quiet_times.QuietTimes(minute, 754, ZoneInfo("UTC"))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_invalid_quiet_hours_are_disabled_with_warning(
     )
     for _ in range(3):
         assert pacing.global_hold(pace) is None
-        assert pacing.next_quiet_hours(pace) is None
+        assert pace.settings.quiet_times.valid_until((), NOW) is None
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "quiet hours are disabled" in caplog.text
 
@@ -163,7 +164,7 @@ def test_empty_quiet_hours_are_disabled_with_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     for _ in range(3):
-        assert pacing.quiet_hours("08:00", "8:00", None) is None
+        assert not quiet_times.read("08:00", "8:00", None, "sender", None).is_quiet((), NOW)
     meant = "start and end are the same, which means no quiet hours; to stop sending use paused = true"
     assert [record.getMessage() for record in caplog.records] == [
         f"quiet hours are disabled start='08:00' end='8:00' tz=None; {meant}"
@@ -173,13 +174,13 @@ def test_empty_quiet_hours_are_disabled_with_warning(
 @given(st.text(), st.text(), st.none() | st.text(st.characters(codec="utf-8", exclude_characters="\0")))
 @settings(max_examples=50)
 def test_no_text_in_settings_stops_a_tick(start: str, end: str, zone: str | None) -> None:
-    pacing.quiet_hours(start, end, zone)
-    pacing.quiet_hours("21:00", "08:00", zone)
+    quiet_times.read(start, end, zone, start, end)
+    quiet_times.read("21:00", "08:00", zone, zone, start)
 
 
 def test_missing_quiet_hours_cause_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     for nothing in (None, ""):
-        assert pacing.quiet_hours(nothing, nothing, "Europe/Atlantis") is None
+        assert not quiet_times.read(nothing, nothing, "Europe/Atlantis", None, nothing).is_quiet((), NOW)
     assert not caplog.records
 
 
@@ -189,7 +190,7 @@ def test_quiet_hours_accept_columns_of_type_time(world: TestData) -> None:
     world.settings(quiet_hours_start="00:00", quiet_hours_end="23:59", quiet_hours_tz="UTC")
     pace = pacing.read_snapshot(world.databases.quinn)
     assert pace
-    assert pacing.quiet_hours(*pace.settings[1:4]) == pacing.QuietHours(0, 1439, ZoneInfo("UTC"))
+    assert pace.settings.quiet_times == quiet_times.QuietTimes(0, 1439, ZoneInfo("UTC"))
 
 
 def test_oldest_claim_and_message_are_read(world: TestData) -> None:

@@ -26,8 +26,8 @@ from testing import Databases, TestData
 import batches
 import db
 import dispatcher
-import forecast
 import report
+import snapshots
 import status
 
 
@@ -149,10 +149,10 @@ def test_late_reading_is_no_clock_difference(world: TestData) -> None:
 
 def test_transaction_reads_clock_first(world: TestData, monkeypatch: pytest.MonkeyPatch) -> None:
     statements = record_queries(monkeypatch)
-    forecast.read_outreach(world.databases.quinn)
+    snapshots.read_outreach(world.databases.quinn)
     assert statements[0] == "SELECT now()"
     statements.clear()
-    forecast.read_queue(world.databases.icloud, [])
+    snapshots.read_queue(world.databases.icloud, None)
     assert statements[0] == "SELECT now()"
 
 

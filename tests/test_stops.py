@@ -7,7 +7,7 @@ from helpers import ago, row_statuses, sync, tick
 from testing import DeviceClient, TestData
 
 import dispatcher
-import forecast
+import snapshots
 
 APPROVED: dict[str, Any] = {"digest": "of what was previewed", "approved_at": ago(9999)}
 REASON = "SELECT status, pause_reason FROM outreach_batches WHERE id = %(id)s"
@@ -200,7 +200,7 @@ def test_a_composed_batch_without_approval_is_never_sent(
     assert not +tick(world, mac_sync)
     sync(world)
     assert world.quinn("SELECT DISTINCT status, claimed_at FROM outreach_batch_items") == [("pending", None)]
-    assert batch_id not in forecast.read_outreach(world.databases.quinn).counts
+    assert batch_id not in snapshots.read_outreach(world.databases.quinn).counts
     world.quinn("UPDATE outreach_batches SET approved_at = now()")
     assert tick(world, mac_sync)["queued"] == 1
     world.quinn("UPDATE outreach_batches SET approved_at = NULL")

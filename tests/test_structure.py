@@ -29,6 +29,10 @@ RULES = {
     "zones",
     "quiet_times",
     "contacts",
+    "history",
+    "snapshots",
+    "recipient_groups",
+    "recipient_zones",
     "opt_outs",
     "personal_data",
 }
