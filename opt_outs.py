@@ -26,6 +26,8 @@ import spreadsheet
 WORD_LENGTH = 1000  # characters of the owner's words that are kept
 TRIES = 3  # of a statement that met an opt-out which somebody else has just recorded
 CHUNK = 1000  # handles of an imported list, or rows of an export, in one statement
+BAD_LINES = 100  # bad lines of an imported list that are shown
+BAD_LENGTH = 200  # characters of a bad line that are shown
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run a cell that begins with one of these
 
 Connection = Any  # psycopg2's connection
@@ -45,6 +47,10 @@ class Recorded(NamedTuple):
     is_new: bool
     is_readable: bool
 
+    def as_data(self) -> dict[str, str | bool]:
+        """Return it as values for JSON."""
+        return {"handleKey": self.key, "isNew": self.is_new, "isReadable": self.is_readable}
+
 
 class OptOut(NamedTuple):
     """A row of the record. `device`: the Mac that reported a reply. `ended_at` is None while it is active."""
@@ -58,6 +64,29 @@ class OptOut(NamedTuple):
     created_at: datetime
     ended_at: datetime | None
     ended_by: str | None
+
+    def as_data(self) -> dict[str, Any]:
+        """Return it as values for JSON."""
+        return {
+            "id": self.id,
+            "handleKey": self.handle_key,
+            "word": self.word,
+            "source": self.source,
+            "device": self.device,
+            "receivedAt": self.received_at,
+            "createdAt": self.created_at,
+            "endedAt": self.ended_at,
+            "endedBy": self.ended_by,
+        }
+
+
+class Entry(NamedTuple):
+    """A line of a list to import: its number, the handle or what stands in its place, and what an export knows."""
+
+    line: int
+    text: str
+    word: str | None = None
+    received_at: datetime | None = None
 
 
 class BadLine(NamedTuple):
@@ -74,6 +103,11 @@ class Imported(NamedTuple):
     known: int
     bad: list[BadLine]
 
+    def as_data(self) -> dict[str, Any]:
+        """Return it as values for JSON, with the first bad lines."""
+        lines = [{"line": bad.line, "text": bad.text[:BAD_LENGTH]} for bad in self.bad[:BAD_LINES]]
+        return {"new": self.new, "known": self.known, "bad": len(self.bad), "badLines": lines}
+
 
 # --- recording ----------------------------------------------------------------------------------------
 
@@ -88,18 +122,20 @@ def record(
     """
     if not _is_handle(handle):
         raise OptOutError(f"{handle!r} is neither a phone number nor an e-mail address")
+    if received_at and received_at > datetime.now(UTC):
+        raise OptOutError("the date is in the future: write when the person said so")
     [recorded] = record_all(quinn, icloud, [(handle.strip(), word, received_at)], "owner")
     logger.info("opt-out recorded source=owner to=%s new=%s", handles.mask_handle(recorded.key), recorded.is_new)
     return recorded
 
 
-def import_list(quinn: Connection, icloud: Connection, entries: Iterable[tuple[int, str, str | None]]) -> Imported:
-    """Record an opt-out for each entry: the line's number, the handle, the owner's words. A bad line skips itself."""
+def import_list(quinn: Connection, icloud: Connection, entries: Iterable[Entry]) -> Imported:
+    """Record an opt-out for each entry. A bad line skips itself."""
     new, known, bad = 0, 0, []
     remaining = iter(entries)
     while chunk := list(islice(remaining, CHUNK)):
-        bad += [BadLine(line, text) for line, text, _ in chunk if not _is_handle(text)]
-        good = [(text.strip(), word, None) for _, text, word in chunk if _is_handle(text)]
+        bad += [BadLine(entry.line, entry.text) for entry in chunk if not _is_handle(entry.text)]
+        good = [(entry.text.strip(), entry.word, entry.received_at) for entry in chunk if _is_handle(entry.text)]
         recorded = record_all(quinn, icloud, good, "import") if good else []
         new += sum(one.is_new for one in recorded)
         known += sum(not one.is_new for one in recorded)
@@ -107,27 +143,36 @@ def import_list(quinn: Connection, icloud: Connection, entries: Iterable[tuple[i
     return Imported(new, known, bad)
 
 
-def read_list(file: BinaryIO) -> Iterator[tuple[int, str, str | None]]:
+def read_list(file: BinaryIO) -> Iterator[Entry]:
     """Yield the entries of a CSV file for import_list(). Raises spreadsheet.Unreadable.
 
-    In each line, the first cell that is a handle counts, and the one in a column `word`. A first line without a handle
-    has the columns' names. Of an export, what has ended is left out.
+    In each line, the first cell that is a handle counts, and those in the columns `word` and `received_at`. A first
+    line without a handle has the columns' names. Of an export, what has ended is left out.
     """
     sheet = spreadsheet.open_sheet(file)
     names = [name.strip().lower() for name in sheet.header]
     if any(map(_is_handle, sheet.header)):
-        yield 1, next(filter(_is_handle, sheet.header)), None
+        yield Entry(1, next(filter(_is_handle, sheet.header)))
         names = []
     for line in sheet.lines():
         cells = dict(zip(names, line.fields, strict=False))
         if not cells.get("ended_at"):
             handle = next(filter(_is_handle, line.fields), line.problem or ", ".join(line.fields))
-            yield line.number, handle, cells.get("word") or None
+            yield Entry(line.number, handle, cells.get("word") or None, _moment(cells.get("received_at")))
     sheet.close()
 
 
+def _moment(cell: str | None) -> datetime | None:
+    """Return the time that an export has written; None for anything else, which costs no opt-out."""
+    try:
+        moment = datetime.fromisoformat(cell or "")
+    except ValueError:
+        return None
+    return moment if moment.tzinfo else None
+
+
 def _is_handle(cell: str) -> bool:
-    return handles.is_handle(cell.strip())
+    return handles.is_handle(cell.strip()) and not db.UNSTORABLE.search(cell)
 
 
 def record_all(

@@ -416,12 +416,14 @@ def retry_command(terminal: Terminal, arguments: argparse.Namespace) -> int:
 def opt_out_command(terminal: Terminal, arguments: argparse.Namespace) -> int:
     """Record that a person wants no more messages."""
     with connected() as (quinn, icloud):
-        recorded = opt_outs.record(quinn, icloud, arguments.handle, arguments.word)
+        moment = read_moment(arguments.date, read_formatter(quinn).zone)
+        received_at = datetime.fromisoformat(moment) if moment else None
+        recorded = opt_outs.record(quinn, icloud, arguments.handle, arguments.word, received_at)
     before = "" if recorded.is_new else " They had opted out before."
     terminal.show(f"{arguments.handle} gets no more messages, nor does any other handle of the same person.{before}")
     if not recorded.is_readable:
         terminal.show(f"The number cannot be read: {handles.UNREADABLE_REMEDY}, and record it again.")
-    terminal.write_json({"handleKey": recorded.key, "isNew": recorded.is_new, "isReadable": recorded.is_readable})
+    terminal.write_json(recorded.as_data())
     return 0
 
 
@@ -453,7 +455,7 @@ def opt_outs_command(terminal: Terminal, arguments: argparse.Namespace) -> int:
     terminal.show(screens.opt_out_list(found, formatter.at))
     if len(found) == PAGE:
         terminal.show(f"To go on: --after {found[-1].id}")
-    terminal.write_json([one._asdict() for one in found])
+    terminal.write_json([one.as_data() for one in found])
     return 0
 
 
@@ -467,7 +469,7 @@ def import_opt_outs(terminal: Terminal, quinn: Connection, icloud: Connection, p
     terminal.show(f"{people(imported.new)} opted out; {people(imported.known)} had opted out before.")
     for bad in imported.bad[:PAGE]:
         terminal.show(f"line {bad.line}: no number or address: {one_line(bad.text)}")
-    terminal.write_json({"new": imported.new, "known": imported.known, "bad": [one._asdict() for one in imported.bad]})
+    terminal.write_json(imported.as_data())
     return 1 if imported.bad else 0
 
 
@@ -502,7 +504,7 @@ def forget_command(terminal: Terminal, arguments: argparse.Namespace) -> int:
                 return 1
         forgotten = personal_data.forget(quinn, icloud, arguments.handle)
     terminal.show(*screens.forgotten(forgotten))
-    terminal.write_json({**forgotten._asdict(), "erased": forgotten.erased._asdict()})
+    terminal.write_json(forgotten.as_data())
     return 1 if forgotten.in_flight or forgotten.unfinished else 0
 
 
@@ -628,6 +630,7 @@ def _add_people_commands(command: Callable[[str, Callable[..., int], str], argpa
 
     opting_out = of_person("opt-out", opt_out_command, "record that a person wants no more messages")
     opting_out.add_argument("--word", metavar="TEXT", help="what the person said, and where")
+    opting_out.add_argument("--date", metavar="TIME", help="when, if not now, such as '2026-03-01 09:00'")
     of_person("opt-in", opt_in_command, "end a person's opt-out, because they asked for it")
     listing = command("opt-outs", opt_outs_command, "list the opt-outs, the newest first")
     what = listing.add_mutually_exclusive_group()

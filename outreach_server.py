@@ -1,8 +1,8 @@
-"""The owner's HTTP API: find people, draft and send batches, import clients, change the settings.
+"""The owner's HTTP API: find people, draft and send batches, import clients, record opt-outs, change the settings.
 
-Run by systemd (systemd/outreach-server.service) or by hand. Touches the tables of quinn and icloud.send_queue, through
-composing, batches, importing and settings. The contract is openapi-owner.yaml. Each request opens connections of its
-own. Example:
+Run by systemd (systemd/outreach-server.service) or by hand. Touches the tables of quinn, icloud.send_queue and
+icloud.opt_outs, through composing, batches, importing, opt_outs, personal_data and settings. The contract is
+openapi-owner.yaml. Each request opens connections of its own. Example:
 
     curl -H "Authorization: Bearer $OUTREACH_OWNER_TOKEN" http://localhost:3030/my/outreach/status
 """
@@ -10,12 +10,13 @@ own. Example:
 import argparse
 import contextlib
 import functools
+import io
 import logging
 import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import bottle
@@ -28,11 +29,14 @@ import db
 import handles
 import import_columns
 import importing
-import quiet_times
+import opt_outs
+import pacing
+import personal_data
 import report
 import runtime
 import serving
 import settings
+import spreadsheet
 
 MAX_FILENAME = 300  # characters
 CREATED_BY = "owner's API"  # outreach_batches.created_by
@@ -46,17 +50,25 @@ BATCH = "/my/outreach/batch/<batch_id>"
 SETTINGS = "/my/outreach/settings"
 STATUS = "/my/outreach/status"
 CLIENTS = "/my/outreach/clients"
+OPT_OUTS = "/my/outreach/opt-outs"
+OPT_OUTS_CSV = "/my/outreach/opt-outs.csv"
+OPT_OUTS_IMPORT = "/my/outreach/opt-outs/import"
+PEOPLE = "/my/outreach/people"
 HEALTH = "/healthz"
+UPLOADS = (CLIENTS, OPT_OUTS_IMPORT)
 
 Connection = Any  # psycopg2's connection
 T = TypeVar("T")
 logger = logging.getLogger("outreach-server")
 
 
+Handle = Annotated[str, msgspec.Meta(min_length=1, max_length=handles.MAX_HANDLE_LENGTH)]
+
+
 class Test(msgspec.Struct, rename="camel", forbid_unknown_fields=True):
     """The body of POST test: the owner's own handle."""
 
-    to: Annotated[str, msgspec.Meta(min_length=1, max_length=handles.MAX_HANDLE_LENGTH)]
+    to: Handle
 
 
 class Send(msgspec.Struct, rename="camel", forbid_unknown_fields=True):
@@ -71,6 +83,34 @@ class Retry(msgspec.Struct, rename="camel", forbid_unknown_fields=True):
     """The body of POST retry. `include_unknown`: items that may have been sent are sent again, too."""
 
     include_unknown: bool = False
+
+
+class Person(msgspec.Struct, rename="camel", forbid_unknown_fields=True):
+    """The body of what is about one person: a handle of theirs. It is in no URL, because URLs are logged."""
+
+    handle: Handle
+
+    def __post_init__(self) -> None:
+        if not handles.is_handle(self.handle.strip()) or db.UNSTORABLE.search(self.handle):
+            raise ValueError("`handle` is neither a phone number nor an e-mail address")
+
+
+class OptOut(Person, rename="camel", forbid_unknown_fields=True):
+    """The body of POST opt-outs: who wants no more messages, in the owner's words, and since when if not from now."""
+
+    word: Annotated[str, msgspec.Meta(max_length=opt_outs.WORD_LENGTH)] | None = None
+    received_at: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
+
+
+class Assignment(Person, rename="camel", forbid_unknown_fields=True):
+    """The body of POST assign: the client who has this handle."""
+
+    client_id: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if db.UNSTORABLE.search(self.client_id):
+            raise ValueError("`clientId` is no client's id")
 
 
 class Api(NamedTuple):
@@ -101,6 +141,14 @@ def make_app(api: Api) -> bottle.Bottle:
     route(SETTINGS, "PUT", change_settings)
     route(STATUS, "GET", status)
     route(CLIENTS, "POST", import_clients)
+    route(OPT_OUTS, "GET", list_opt_outs)
+    route(OPT_OUTS, "POST", opt_out)
+    route(OPT_OUTS_CSV, "GET", export_opt_outs)
+    route(OPT_OUTS_IMPORT, "POST", import_opt_outs)
+    route(f"{OPT_OUTS}/end", "POST", opt_in)
+    route(f"{OPT_OUTS}/assign", "POST", assign)
+    route(f"{PEOPLE}/show", "POST", show_person)
+    route(f"{PEOPLE}/forget", "POST", forget)
     app.route(HEALTH, "GET", functools.partial(health, api))
     return app
 
@@ -221,6 +269,63 @@ def import_clients(api: Api, quinn: Connection, icloud: Connection) -> object:
     return {"plan": job.plan, "applied": importing.apply(quinn, job, strict=is_strict)}
 
 
+# --- opt-outs, what is stored -------------------------------------------------------------------------
+
+
+def list_opt_outs(api: Api, quinn: Connection, icloud: Connection) -> object:
+    """GET opt-outs: the record, newest first; with `?unassigned=true` what no client has. A page at a time."""
+    after, limit = _after(), _limit()
+    if _flag("unassigned"):
+        found = opt_outs.unassigned(quinn, icloud, after, limit + 1)
+    else:
+        found = opt_outs.page(icloud, after, limit + 1)
+    shown = found[:limit]
+    return {"entries": [one.as_data() for one in shown], "after": shown[-1].id if len(found) > limit else None}
+
+
+def export_opt_outs(api: Api, quinn: Connection, icloud: Connection) -> object:
+    """GET opt-outs.csv: the whole record, for an authority or for another program."""
+    file = io.StringIO()
+    opt_outs.write_csv(icloud, file)
+    headers = {"Content-Type": "text/csv; charset=utf-8", "Content-Disposition": 'attachment; filename="opt-outs.csv"'}
+    return bottle.HTTPResponse(file.getvalue().encode(), 200, headers)
+
+
+def import_opt_outs(api: Api, quinn: Connection, icloud: Connection) -> object:
+    """POST opt-outs/import: record an opt-out for each line of the CSV file in the body."""
+    entries = opt_outs.read_list(bottle.request.environ["wsgi.input"])
+    return opt_outs.import_list(quinn, icloud, entries).as_data()
+
+
+def opt_out(api: Api, quinn: Connection, icloud: Connection) -> object:
+    """POST opt-outs: record that a person wants no more messages; it takes effect at once."""
+    said = _body(OptOut)
+    return opt_outs.record(quinn, icloud, said.handle, said.word, said.received_at).as_data()
+
+
+def opt_in(api: Api, quinn: Connection, icloud: Connection) -> object:
+    """POST opt-outs/end: end a handle's opt-out; name what else of the same person has opted out."""
+    handle = _body(Person).handle
+    is_ended = opt_outs.end(icloud, handle)
+    return {"isEnded": is_ended, "others": opt_outs.others_of_person(quinn, icloud, handle)}
+
+
+def assign(api: Api, quinn: Connection, icloud: Connection) -> object:
+    """POST opt-outs/assign: give a handle to a client, so that its opt-out counts there."""
+    wanted = _body(Assignment)
+    return {"isNew": opt_outs.assign(quinn, icloud, wanted.handle, wanted.client_id)}
+
+
+def show_person(api: Api, quinn: Connection, icloud: Connection) -> object:
+    """POST people/show: all that is stored about a person."""
+    return personal_data.show_person(quinn, icloud, _body(Person).handle)
+
+
+def forget(api: Api, quinn: Connection, icloud: Connection) -> object:
+    """POST people/forget: erase a person's messages and name; the opt-out stays."""
+    return personal_data.forget(quinn, icloud, _body(Person).handle).as_data()
+
+
 def health(api: Api) -> object:
     """GET healthz: whether both databases answer; for monitors, without a token."""
     with _databases(api) as (quinn, icloud):
@@ -242,7 +347,7 @@ def _answer(api: Api, endpoint: Callable[..., object], **arguments: str) -> obje
         serving.abort(refusal.status, str(refusal), refusal.data)
     except import_columns.ImportRefused as refusal:
         serving.abort(refusal.status, str(refusal))
-    except settings.SettingsRefused as refusal:
+    except (settings.SettingsRefused, opt_outs.OptOutError, spreadsheet.Unreadable) as refusal:
         serving.abort(400, str(refusal))
     except settings.NoSettings as problem:
         serving.abort(503, str(problem), Retry_After=serving.RETRY_AFTER)
@@ -330,7 +435,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     handles.default_region()
     app = make_app(Api(token, db.url("quinn"), db.url("icloud"), interval))
     sockets = serving.open_sockets(host, port, "OUTREACH_HOST and OUTREACH_PORT")
-    upload = serving.Upload(CLIENTS, UPLOAD_LIMIT, token)
+    upload = serving.Upload(UPLOADS, UPLOAD_LIMIT, token)
     return serving.serve("outreach-server", app, sockets, serving.THREADS, upload)
 
 

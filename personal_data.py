@@ -55,6 +55,17 @@ class Forgotten(NamedTuple):
     unfinished: list[str]
     is_deleted: bool
 
+    def as_data(self) -> dict[str, Any]:
+        """Return it as values for JSON."""
+        return {
+            "keys": self.keys,
+            "clients": self.clients,
+            "erased": self.erased._asdict(),
+            "inFlight": self.in_flight,
+            "unfinished": self.unfinished,
+            "isDeleted": self.is_deleted,
+        }
+
 
 class Person(NamedTuple):
     """Whom a handle belongs to: the clients who have it, and the keys of their handles, also of former ones.

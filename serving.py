@@ -68,9 +68,9 @@ logger = logging.getLogger(__name__)
 
 
 class Upload(NamedTuple):
-    """A path to which the holder of `token` may send a body of less than `limit` bytes."""
+    """Paths to which the holder of `token` may send a body of less than `limit` bytes."""
 
-    path: str
+    paths: Sequence[str]
     limit: int
     token: str
 
@@ -100,7 +100,7 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitre
                 self.expect_continue = False
         upload: Upload | None = self.adj.upload
         # The token is checked before the body is read, so that nobody else can fill the disk.
-        if upload and self.path == upload.path and _is_token(self.headers.get("AUTHORIZATION", ""), upload.token):
+        if upload and self.path in upload.paths and _is_token(self.headers.get("AUTHORIZATION", ""), upload.token):
             self.adj = copy.copy(self.adj)
             self.adj.max_request_body_size = upload.limit
             self.is_upload = True
@@ -405,13 +405,13 @@ def _error(sentence: str, data: Data | None = None) -> bytes:
     return msgspec.json.encode({**content, "data": data} if data else content)
 
 
-def _handle_errors(endpoint: Callable[..., object], url_variable: str) -> Callable[..., bytes]:
-    """Wrap an endpoint: respond with its data as JSON; log an exception and respond with an error.
+def _handle_errors(endpoint: Callable[..., object], url_variable: str) -> Callable[..., bytes | bottle.HTTPResponse]:
+    """Wrap an endpoint: respond with its data as JSON, or with its own response; log an exception and say what failed.
 
     The log gets only the kind of an exception, because PostgreSQL's texts quote the values of the statement.
     """
 
-    def handle(**arguments: str) -> bytes:
+    def handle(**arguments: str) -> bytes | bottle.HTTPResponse:
         try:
             if request.method == "HEAD":  # bottle would run the GET endpoint and discard its data
                 abort(405, "HEAD is not allowed here", Allow="GET")
@@ -430,6 +430,8 @@ def _handle_errors(endpoint: Callable[..., object], url_variable: str) -> Callab
         except Exception as error:  # noqa: BLE001  # a bug must end as a 500 in JSON, and its text must not be logged
             logger.error("endpoint failed error=%s request=%r\n%s", type(error).__name__, _where(), _frames(error))
             abort(500, "the server failed; its log names the error")
+        if isinstance(data, bottle.HTTPResponse):
+            return data
         response.content_type = "application/json"
         return msgspec.json.encode({"success": True, "data": data})
 

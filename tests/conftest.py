@@ -269,7 +269,7 @@ def admin(base_url: str) -> ApiClient:
 def owner_url(databases: Databases) -> Iterator[str]:
     """The outreach server on a real socket, over the test's databases."""
     api = outreach_server.Api(OWNER_TOKEN, databases.quinn_url, databases.icloud_url, timedelta(seconds=30))
-    upload = serving.Upload(outreach_server.CLIENTS, outreach_server.UPLOAD_LIMIT, OWNER_TOKEN)
+    upload = serving.Upload(outreach_server.UPLOADS, outreach_server.UPLOAD_LIMIT, OWNER_TOKEN)
     with running_server(outreach_server.make_app(api), upload) as url:
         yield url
 

@@ -27,6 +27,7 @@ CONTRACT = Contract("openapi-owner.yaml")
 SETTINGS, STATUS, CLIENTS = outreach_server.SETTINGS, outreach_server.STATUS, outreach_server.CLIENTS
 SEARCH, DRY_RUN, BATCHES = outreach_server.SEARCH, outreach_server.DRY_RUN, outreach_server.BATCHES
 BATCH = "/my/outreach/batch/{id}"
+OPT_OUTS, PEOPLE = outreach_server.OPT_OUTS, outreach_server.PEOPLE
 BATCH_ID = "7b5b1f0e-3f0c-4c07-9d4d-0d6f2c2b8a11"
 NOBODY = "5a6a6e1b-0000-4000-8000-000000000000"
 EVERYONE = {"v": 1, "where": {"everyone": True}}
@@ -112,6 +113,21 @@ class Owner:
         self.world.icloud("INSERT INTO icloud.opt_outs (handle_key, source) VALUES ('+14155550199', 'owner')")
         return self.test()
 
+    def opted_out(self) -> requests.Response:
+        """Record the opt-out of somebody who was written to; list all."""
+        self.sending()
+        said = {"handle": "+14155550123", "word": "on the phone", "receivedAt": "2026-01-31T09:00:00Z"}
+        assert self.post(OPT_OUTS, said).status_code == 200
+        assert self.post(OPT_OUTS, {"handle": "unknown@example.com"}).status_code == 200
+        return self.call("GET", OPT_OUTS)
+
+    def of_person(self, path: str) -> requests.Response:
+        self.opted_out()
+        return self.post(path, {"handle": "+14155550123"})
+
+    def assign(self) -> requests.Response:
+        return self.post(f"{OPT_OUTS}/assign", {"handle": "unknown@example.com", "clientId": self.world.client()})
+
 
 SEND = {"digest": "0" * 64, "recipients": 2}
 PROVOKED: dict[tuple[str, str, int], Callable[[Owner], requests.Response]] = {
@@ -160,6 +176,26 @@ PROVOKED: dict[tuple[str, str, int], Callable[[Owner], requests.Response]] = {
     (CLIENTS, "post", 409): lambda owner: owner.upload("?apply=other"),
     (CLIENTS, "post", 413): lambda owner: owner.call("POST", CLIENTS, "wrong", data=b"x" * 2_000_000),
     (CLIENTS, "post", 431): lambda owner: owner.upload(f"?name={'x' * 20_000}"),
+    (OPT_OUTS, "get", 200): lambda owner: owner.opted_out(),
+    (OPT_OUTS, "get", 400): lambda owner: owner.call("GET", f"{OPT_OUTS}?unassigned=yes"),
+    (OPT_OUTS, "post", 200): lambda owner: owner.post(OPT_OUTS, {"handle": "+14155550123"}),
+    (OPT_OUTS, "post", 400): lambda owner: owner.post(OPT_OUTS, {"handle": "Jane"}),
+    (f"{OPT_OUTS}.csv", "get", 200): lambda owner: [owner.opted_out(), owner.call("GET", f"{OPT_OUTS}.csv")][1],
+    (f"{OPT_OUTS}/import", "post", 200): lambda owner: owner.call("POST", f"{OPT_OUTS}/import", data=FILE),
+    (f"{OPT_OUTS}/import", "post", 400): lambda owner: owner.call("POST", f"{OPT_OUTS}/import", data=b"%PDF"),
+    (f"{OPT_OUTS}/import", "post", 413): lambda owner: owner.call(
+        "POST", f"{OPT_OUTS}/import", "wrong", data=b"x" * 2_000_000
+    ),
+    (f"{OPT_OUTS}/end", "post", 200): lambda owner: owner.of_person(f"{OPT_OUTS}/end"),
+    (f"{OPT_OUTS}/end", "post", 400): lambda owner: owner.post(f"{OPT_OUTS}/end", {}),
+    (f"{OPT_OUTS}/assign", "post", 200): lambda owner: owner.assign(),
+    (f"{OPT_OUTS}/assign", "post", 400): lambda owner: owner.post(
+        f"{OPT_OUTS}/assign", {"handle": "+14155550123", "clientId": NOBODY}
+    ),
+    (f"{PEOPLE}/show", "post", 200): lambda owner: owner.of_person(f"{PEOPLE}/show"),
+    (f"{PEOPLE}/show", "post", 400): lambda owner: owner.post(f"{PEOPLE}/show", {"handle": "a\ud800@b.de"}),
+    (f"{PEOPLE}/forget", "post", 200): lambda owner: owner.of_person(f"{PEOPLE}/forget"),
+    (f"{PEOPLE}/forget", "post", 400): lambda owner: owner.post(f"{PEOPLE}/forget", {"handle": "Jane"}),
     ("/healthz", "get", 200): lambda owner: owner.call("GET", "/healthz", None),
 }
 
@@ -233,6 +269,9 @@ def failing(error: Exception) -> Callable[..., Any]:
         ("Test", outreach_server.Test),
         ("Send", outreach_server.Send),
         ("Retry", outreach_server.Retry),
+        ("Handle", outreach_server.Person),
+        ("OptOut", outreach_server.OptOut),
+        ("Assignment", outreach_server.Assignment),
         ("Settings", settings.Settings),
         ("Changes", settings.Changes),
         ("Report", report.Report),
@@ -247,7 +286,13 @@ def test_each_field_is_documented(name: str, kind: type[msgspec.Struct]) -> None
     parts = [inner for part in parts for inner in part.get("allOf", [part])]
     fields = set(kind.__struct_encode_fields__)
     assert {field for part in parts for field in part["properties"]} == fields
-    if name not in ("Search", "Send", "Retry", "Changes"):  # these are requests, with fields that may be left out
+    if name not in (
+        "Search",
+        "Send",
+        "Retry",
+        "Changes",
+        "OptOut",
+    ):  # these are requests, with fields that may be left out
         assert {field for part in parts for field in part["required"]} == fields
 
 

@@ -709,7 +709,7 @@ def test_list_of_opt_outs_is_imported(
 ) -> None:
     status, out, _ = run(capsys, "opt-outs", "--import", write(text), "--json")
     found = json.loads(out)
-    assert (status, found["new"], len(found["bad"])) == (1 if bad else 0, new, bad)
+    assert (status, found["new"], found["bad"], len(found["badLines"])) == (1 if bad else 0, new, bad, bad)
     assert world.icloud("SELECT count(*) FROM icloud.opt_outs WHERE ended_at IS NULL") == [(new,)]
 
 
@@ -717,12 +717,13 @@ def test_own_export_can_be_imported_after_a_restore(
     world: TestData, capsys: pytest.CaptureFixture[str], write: Write
 ) -> None:
     for handle in ("maya@example.com", "tom@example.com"):
-        run(capsys, "opt-out", handle, "--word", "said so")
+        run(capsys, "opt-out", handle, "--word", "said so", "--date", "2026-01-31T10:00+01:00")
     run(capsys, "opt-in", "tom@example.com")
     path = write(run(capsys, "opt-outs", "--csv")[1])
     world.icloud("TRUNCATE icloud.opt_outs")
     assert run(capsys, "opt-outs", "--import", path)[0] == 0
-    assert world.icloud("SELECT handle_key, word FROM icloud.opt_outs") == [("maya@example.com", "said so")]
+    sql = "SELECT handle_key, word, received_at = '2026-01-31 09:00+00' FROM icloud.opt_outs"
+    assert world.icloud(sql) == [("maya@example.com", "said so", True)]
 
 
 def test_unknown_address_is_assigned(world: TestData, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,11 @@ ENDPOINTS = [
     ("PUT", "/my/outreach/settings"),
     ("GET", "/my/outreach/status"),
     ("POST", "/my/outreach/clients"),
+    ("GET", "/my/outreach/opt-outs"),
+    ("POST", "/my/outreach/opt-outs"),
+    ("GET", "/my/outreach/opt-outs.csv"),
+    *[("POST", f"/my/outreach/opt-outs/{verb}") for verb in ("import", "end", "assign")],
+    *[("POST", f"/my/outreach/people/{verb}") for verb in ("show", "forget")],
 ]
 
 
@@ -387,6 +392,117 @@ def test_a_file_over_the_limit_is_a_413(owner_url: str) -> None:
     with socket.create_connection((host, int(port)), timeout=5) as connection:
         connection.sendall(head.encode())
         assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")
+
+
+# --- opt-outs, what is stored -------------------------------------------------------------------------
+
+OPT_OUTS = "/my/outreach/opt-outs"
+JANE = {"handle": "+1 (415) 555-0123"}
+
+
+def test_an_opt_out_is_recorded_with_words_and_date_listed_and_ended(owner: ApiClient, world: TestData) -> None:
+    client_id = world.client("(415) 555-0123")
+    world.quinn("UPDATE contact_relationships SET handle = '+1 415 555 0123'")
+    world.quinn("INSERT INTO contact_relationships VALUES (%(id)s, 'jane@example.com')", id=client_id)
+    said = {"word": "on the phone", "receivedAt": "2026-01-31T10:00:00+01:00"}
+    recorded = done(owner.call("POST", OPT_OUTS, JANE | said))
+    assert recorded == {"handleKey": "+14155550123", "isNew": True, "isReadable": True}
+    assert done(owner.call("POST", OPT_OUTS, JANE))["isNew"] is False
+    done(owner.call("POST", OPT_OUTS, {"handle": "jane@example.com"}))
+    newest, oldest = done(owner.call("GET", OPT_OUTS))["entries"]
+    assert newest["handleKey"] == "jane@example.com"
+    assert (oldest["word"], oldest["receivedAt"], oldest["source"]) == ("on the phone", "2026-01-31T09:00:00Z", "owner")
+    ended = done(owner.call("POST", f"{OPT_OUTS}/end", JANE))
+    assert ended == {"isEnded": True, "others": ["jane@example.com"]}
+    assert done(owner.call("POST", f"{OPT_OUTS}/end", JANE))["isEnded"] is False
+
+
+def test_opt_outs_come_in_pages(owner: ApiClient) -> None:
+    done(owner.call("POST", f"{OPT_OUTS}/import", "".join(f"+1415555{number:04}\n" for number in range(5))))
+    seen, after = [], ""
+    while after is not None:
+        page = done(owner.call("GET", f"{OPT_OUTS}?limit=2{after and f'&after={after}'}"))
+        seen += [entry["handleKey"] for entry in page["entries"]]
+        after = page["after"]
+    assert sorted(seen) == [f"+1415555{number:04}" for number in range(5)]
+
+
+def test_an_opt_out_of_an_unknown_address_is_listed_until_it_is_assigned(owner: ApiClient, world: TestData) -> None:
+    client_id = world.client()
+    for handle in ("unknown@example.com", "+14155550123"):
+        done(owner.call("POST", OPT_OUTS, {"handle": handle}))
+    [entry] = done(owner.call("GET", f"{OPT_OUTS}?unassigned=true"))["entries"]
+    wanted = {"handle": entry["handleKey"], "clientId": client_id}
+    assert [done(owner.call("POST", f"{OPT_OUTS}/assign", wanted))["isNew"] for _ in range(2)] == [True, False]
+    assert done(owner.call("GET", f"{OPT_OUTS}?unassigned=true")) == {"entries": [], "after": None}
+
+
+def test_the_record_is_exported_as_csv_and_its_export_can_be_imported(
+    owner: ApiClient, owner_url: str, world: TestData
+) -> None:
+    done(owner.call("POST", OPT_OUTS, JANE | {"word": "Größe, =1+1", "receivedAt": "2026-01-31T09:00:00Z"}))
+    done(owner.call("POST", OPT_OUTS, {"handle": "joe@example.com"}))
+    done(owner.call("POST", f"{OPT_OUTS}/end", {"handle": "joe@example.com"}))
+    exported = requests.get(f"{owner_url}{OPT_OUTS}.csv", headers=owner.headers, timeout=10)
+    assert exported.headers["Content-Type"] == "text/csv; charset=utf-8"
+    assert "attachment" in exported.headers["Content-Disposition"]
+    world.icloud("TRUNCATE icloud.opt_outs")
+    imported = done(owner.call("POST", f"{OPT_OUTS}/import", exported.content + b"nobody,,,,,,,\n"))
+    assert imported == {"new": 1, "known": 0, "bad": 1, "badLines": [{"line": 4, "text": "nobody, , , , , , , "}]}
+    [entry] = done(owner.call("GET", OPT_OUTS))["entries"]
+    assert (entry["word"], entry["receivedAt"]) == ("Größe, =1+1", "2026-01-31T09:00:00Z")
+
+
+def test_a_long_list_of_opt_outs_may_be_imported(owner: ApiClient) -> None:
+    file = "handle,note\n" + "".join(f"+4917{number:08},{'x' * 500}\n" for number in range(3000))
+    assert len(file) > serving.READ_LIMIT
+    assert done(owner.call("POST", f"{OPT_OUTS}/import", file))["new"] == 3000
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "sentence"),
+    [
+        ("opt-outs", {}, "missing required field `handle`"),
+        ("opt-outs", {"handle": "Jane"}, "`handle` is neither a phone number nor an e-mail address"),
+        ("opt-outs", {"handle": "a\ud800@b.de"}, "`handle` is neither"),
+        ("opt-outs", JANE | {"word": 7}, "`$.word`"),
+        ("opt-outs", JANE | {"receivedAt": "2026-01-31T09:00:00"}, "`$.receivedAt`"),
+        ("opt-outs", JANE | {"receivedAt": "2126-01-31T09:00:00Z"}, "the date is in the future"),
+        ("opt-outs", JANE | {"reason": "none"}, "unknown field `reason`"),
+        ("opt-outs/end", {"handle": "Jane"}, "`handle` is neither"),
+        ("opt-outs/assign", JANE, "missing required field `clientId`"),
+        ("opt-outs/assign", JANE | {"clientId": NOBODY}, f"there is no client {NOBODY}"),
+        ("opt-outs/assign", JANE | {"clientId": "\0"}, "`clientId` is no client's id"),
+        ("opt-outs/import", b"", "the file is empty"),
+        ("opt-outs/import", b"%PDF-1.7", "the file is a PDF"),
+        ("people/show", {"handle": "Jane"}, "`handle` is neither"),
+        ("people/forget", {"handle": "Jane"}, "`handle` is neither"),
+    ],
+)
+def test_what_is_no_opt_out_is_a_400_and_records_nothing(
+    owner: ApiClient, world: TestData, path: str, body: object, sentence: str
+) -> None:
+    assert sentence in refused(owner.call("POST", f"/my/outreach/{path}", body), 400)
+    assert world.icloud("SELECT * FROM icloud.opt_outs") == []
+
+
+def test_a_list_of_opt_outs_is_asked_for_with_parameters_that_exist(owner: ApiClient) -> None:
+    assert "`unassigned` must be true or false" in refused(owner.call("GET", f"{OPT_OUTS}?unassigned=1"), 400)
+    assert "`after` must be" in refused(owner.call("GET", f"{OPT_OUTS}?after=7"), 400)
+    assert "`limit` must be" in refused(owner.call("GET", f"{OPT_OUTS}?limit=0"), 400)
+
+
+def test_a_person_is_shown_and_forgotten(owner: ApiClient, world: TestData) -> None:
+    world.item(world.batch(status="sent"), world.client(), status="sent", sent_at="2026-01-01", rendered_body="Hi Jane")
+    world.item(world.batch(), world.quinn("SELECT id FROM clients")[0][0], claimed_at="now")
+    shown = done(owner.call("POST", "/my/outreach/people/show", JANE))
+    assert [message["rendered_body"] for message in shown["messages"]] == ["Hi Jane", "Hello!"]
+    forgotten = done(owner.call("POST", "/my/outreach/people/forget", JANE))
+    assert forgotten == {
+        "keys": ["+14155550123"], "clients": 1, "erased": {"items": 1, "rows": 0, "batches": 0}, "inFlight": 1,
+        "unfinished": [], "isDeleted": True,
+    }  # fmt: skip
+    assert world.icloud("SELECT handle_key, source FROM icloud.opt_outs") == [("+14155550123", "owner")]
 
 
 # --- health, errors, start ----------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import pytest
-from helpers import LOCK_WAITS, enqueue, enqueued, run_sql, status_of, tick
+from helpers import LOCK_WAITS, ago, enqueue, enqueued, run_sql, status_of, tick
 from testing import DeviceClient, TestData, wait_until
 
 import contacts
@@ -123,6 +123,12 @@ def test_opt_out_that_is_recorded_meanwhile_leaves_one_active(world: TestData, s
     assert active(world) == [(HANDLE, "owner")]
 
 
+def test_date_in_the_future_is_refused(world: TestData) -> None:
+    with pytest.raises(opt_outs.OptOutError, match="in the future"):
+        opt_outs.record(world.databases.quinn, world.databases.icloud, HANDLE, None, ago(minutes=-5))
+    assert active(world) == []
+
+
 # --- taking back ------------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +158,7 @@ def test_other_opt_outs_of_the_person_are_named(world: TestData) -> None:
 
 def test_pages_have_each_opt_out_once_newest_first(world: TestData) -> None:
     """All of an import have the same time."""
-    entries = [(number, f"+1415555{number:04}", None) for number in range(250)]
+    entries = [opt_outs.Entry(number, f"+1415555{number:04}") for number in range(250)]
     opt_outs.import_list(world.databases.quinn, world.databases.icloud, entries)
     record(world, "newest@example.com")
     end(world, "+14155550007")
@@ -184,12 +190,12 @@ def test_list_is_imported_line_by_line(world: TestData, mini: DeviceClient) -> N
     record(world, "known@example.com")
     mini.opt_out("+14155550101", at=FIRST)
     entries = [
-        (1, "handle", None),
-        (2, " +1 415 555 0100 ", "wrote a letter"),
-        (3, "known@example.com", None),
-        (4, "+14155550101", None),
-        (5, "", None),
-        (6, "+1 (415) 555-0100", "again"),
+        opt_outs.Entry(1, "handle"),
+        opt_outs.Entry(2, " +1 415 555 0100 ", "wrote a letter"),
+        opt_outs.Entry(3, "known@example.com"),
+        opt_outs.Entry(4, "+14155550101"),
+        opt_outs.Entry(5, ""),
+        opt_outs.Entry(6, "+1 (415) 555-0100", "again"),
     ]
     imported = opt_outs.import_list(world.databases.quinn, world.databases.icloud, entries)
     assert imported == (1, 2, [(1, "handle"), (5, "")])
@@ -269,9 +275,8 @@ def test_no_log_line_has_a_handle(world: TestData, caplog: pytest.LogCaptureFixt
     client_id = world.client("jane@example.com")
     record(world)
     record(world, "jane@example.com", "a word of hers")
-    opt_outs.import_list(
-        world.databases.quinn, world.databases.icloud, [(1, "ann@example.com", None), (2, "bad", None)]
-    )
+    entries = [opt_outs.Entry(1, "ann@example.com"), opt_outs.Entry(2, "bad")]
+    opt_outs.import_list(world.databases.quinn, world.databases.icloud, entries)
     assign(world, HANDLE, client_id)
     end(world)
     assert "opt-out recorded source=owner to=+1415•••23 new=True" in caplog.text
