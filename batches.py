@@ -73,12 +73,11 @@ def acquire_lock(quinn: Connection, stop: threading.Event) -> None:
 def withdraw(quinn: Connection, icloud: Connection, snapshot: pacing.Snapshot | None) -> int:
     """Withdraw the uncollected rows that must not be sent now; return how many.
 
-    Those are all rows of items while a hold of everything lasts; otherwise the rows for recipients where it is quiet,
-    rows of batches that may not be sent now (their status, their times, their approval), rows past their valid_until,
-    and rows that the dispatcher made (drafted_at) and whose item was deleted.
-
-    It starts from the rows, because a crash may have left one whose item still
-    says `pending`. A row that was put in by hand is left alone until its valid_until.
+    Those are all rows of items while a hold of everything lasts; otherwise the rows of batches that may not be sent
+    now (their status, their times, their approval), rows past their valid_until, rows to people of whom another handle
+    has opted out (the server knows no clients, so it stops only rows to the handle itself), and rows that the
+    dispatcher made (drafted_at) and whose item was deleted. It starts from the rows, because a crash may have left one
+    whose item still says `pending`. A row that was put in by hand is left alone until its valid_until.
     """
     uncollected = """
         SELECT id, batch_item_id, COALESCE(valid_until <= now(), false), drafted_at IS NOT NULL
@@ -90,7 +89,8 @@ def withdraw(quinn: Connection, icloud: Connection, snapshot: pacing.Snapshot | 
                batch.status = 'sending' AND NOT batch.dry_run AND item.status IN ('pending', 'queued')
                AND (batch.digest IS NULL
                     OR (batch.approved_at IS NOT NULL AND now() >= COALESCE(send_from, '-infinity')
-                        AND now() < LEAST(send_until, approved_at + approval_days * interval '1 day', 'infinity')))
+                        AND now() < LEAST(send_until, approved_at + approval_days * interval '1 day', 'infinity'))),
+               ARRAY(SELECT handle FROM contact_relationships WHERE client_id = item.client_id AND handle IS NOT NULL)
           FROM outreach_batch_items AS item
           JOIN outreach_batches AS batch ON batch.id = item.batch_id
           LEFT JOIN outreach_settings AS settings ON settings.id = 1
@@ -101,8 +101,12 @@ def withdraw(quinn: Connection, icloud: Connection, snapshot: pacing.Snapshot | 
         return 0
     hold = pacing.global_hold(snapshot)
     item_ids = [item_id for _, item_id, _, _ in rows if item_id]
-    is_wanted: dict[str, bool] = dict(db.query(quinn, wanted, {"ids": item_ids}))
-    asleep = _asleep(quinn, snapshot, list(is_wanted)) if snapshot and not hold else set()
+    items = db.query(quinn, wanted, {"ids": item_ids})
+    is_wanted: dict[str, bool] = {item_id: may_go for item_id, may_go, _ in items}
+    stopped = opted_out(icloud, (address for _, _, addresses in items for address in addresses))
+    has_opted_out = {
+        item_id for item_id, _, addresses in items if any(handles.key(address) in stopped for address in addresses)
+    }
     reasons: dict[str, str] = {}
     for row_id, item_id, is_expired, is_ours in rows:
         if is_expired:
@@ -111,8 +115,8 @@ def withdraw(quinn: Connection, icloud: Connection, snapshot: pacing.Snapshot | 
             reasons[row_id] = str(hold)
         elif item_id in is_wanted and not is_wanted[item_id]:
             reasons[row_id] = "its batch is not being sent"
-        elif item_id in asleep:
-            reasons[row_id] = "it is quiet where its recipient is"
+        elif item_id in has_opted_out:
+            reasons[row_id] = "opted out"
         elif item_id not in is_wanted and is_ours:
             reasons[row_id] = "its item was deleted"
     return _withdraw_rows(icloud, reasons) if reasons else 0

@@ -309,6 +309,22 @@ def test_an_item_whose_message_an_opt_out_stopped_is_skipped(
     assert status_of(world, item_id) == ("skipped", "opted out")
 
 
+def test_an_opt_out_by_another_handle_withdraws_what_waits_at_the_next_sync(
+    world: TestData, mini: DeviceClient, mac_sync: dispatcher.SendQueueClient
+) -> None:
+    item_id = world.item(world.batch(), client_with(world, HANDLE, "Jane@Example.com"))
+    other_id = world.item(world.batch(), client_with(world, "+14155550199", "joe@example.com"))
+    tick(world, mac_sync)
+    mini.opt_out("jane@example.com")
+    assert sync(world)["withdrawn"] == 1
+    assert world.icloud("SELECT failure_reason FROM icloud.send_queue WHERE status = 'failed'") == [
+        ("withdrawn: opted out",)
+    ]
+    assert +tick(world, mac_sync) == {"skipped": 1}
+    assert status_of(world, item_id) == ("skipped", "opted out")
+    assert status_of(world, other_id)[0] == "queued"
+
+
 def test_the_work_follows_the_heads_that_are_looked_at(
     world: TestData, mini: DeviceClient, mac_sync: dispatcher.SendQueueClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
