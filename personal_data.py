@@ -45,7 +45,8 @@ class Forgotten(NamedTuple):
 
     `keys`: the handles that have opted out now. `in_flight`: messages that have no result yet: run it again when they
     have. `unfinished`: batches that are not finished and name the person in their query. `is_deleted`: the person was
-    deleted from `clients`; False if that is the platform's table, where the owner deletes the person.
+    deleted from `clients`. False while one of the two is left, because only the clients lead to it; and if that is the
+    platform's table, where the owner deletes the person.
     """
 
     keys: list[str]
@@ -213,7 +214,8 @@ def forget(quinn: Connection, icloud: Connection, handle: str) -> Forgotten:
     """Erase the messages and the names of everybody who has this handle; their handles' keys stay as opt-outs.
 
     The keys stay so that the next import does not bring the people back. Each step can run again. The opt-outs are
-    first, so that nothing is sent meanwhile; the clients are last, because only they lead to their other handles.
+    first, so that nothing is sent meanwhile; the clients are last, because only they lead to their other handles and
+    items: they stay until nothing is in flight and no unfinished batch names them.
     Raises opt_outs.OptOutError.
     """
     person = find(quinn, handle)
@@ -223,7 +225,7 @@ def forget(quinn: Connection, icloud: Connection, handle: str) -> Forgotten:
     item_ids, in_flight = _erase_items_of(quinn, person)
     rows = _erase_rows(icloud, _rows_of(quinn, icloud, person, item_ids))
     batches, unfinished = _erase_mentions(quinn, person)
-    is_deleted = _delete_clients(quinn, person.client_ids)
+    is_deleted = not in_flight and not unfinished and _delete_clients(quinn, person.client_ids)
     erased = Erased(len(item_ids), rows, batches)
     logger.info(
         "person forgotten to=%s clients=%d items=%d rows=%d inFlight=%d",

@@ -236,7 +236,7 @@ def forgotten(result: personal_data.Forgotten) -> list[RenderableType]:
         f"{count(result.erased.rows, 'row')} of the queue.",
         f"These handles stay in the opt-outs, without a name: {', '.join(result.keys)}",
     ]
-    if not result.is_deleted:
+    if not result.is_deleted and not result.in_flight and not result.unfinished:
         parts.append("The table `clients` is your platform's: delete the person there.")
     if result.in_flight:
         parts.append(f"{count(result.in_flight, 'message')} in flight: run this again when its result is there.")

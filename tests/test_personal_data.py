@@ -294,14 +294,34 @@ def test_message_in_flight_is_named_and_goes_at_the_next_time(
     [row] = mini.peek()["items"]
     assert mini.collect(row["id"]).status_code == 200
     forgotten = forget(world)
-    assert (forgotten.in_flight, forgotten.erased) == (1, (0, 0, 0))
+    assert (forgotten.in_flight, forgotten.erased, forgotten.is_deleted) == (1, (0, 0, 0), False)
     assert item_texts(world, item_id)[0] == "Hello!"
     mini.result(row["id"])
     sync(world)
     assert status_of(world, item_id) == ("sent", None)
     again = forget(world)
-    assert (again.in_flight, again.erased.rows) == (0, 1)
+    assert (again.in_flight, again.erased, again.is_deleted) == (0, (1, 1, 0), True)
+    assert item_texts(world, item_id)[0] == "", "only its client led to this item"
     assert row_texts(world, row["id"])[:2] == ("", "")
+
+
+def test_result_that_no_item_has_yet_is_not_erased(
+    world: TestData, jane: str, mini: DeviceClient, mac_sync: dispatcher.SendQueueClient, device_id: str
+) -> None:
+    """The row has ended, and the next sync reads why: until then it stays, whether the item is queued or claimed."""
+    queued = world.item(world.batch(), jane)
+    tick(world, mac_sync)
+    [row] = mini.peek()["items"]
+    mini.result(row["id"], "failed", error="the number does not exist")
+    claimed = world.item(world.batch(), jane, claimed_at=ago(1))
+    other = old_row(world, device_id, claimed, status="failed", sent_at=None, failure_reason="not registered")
+    forgotten = forget(world)
+    assert (forgotten.in_flight, forgotten.erased.rows) == (2, 0)
+    assert row_texts(world, row["id"])[0] == row_texts(world, other)[0] == "Hello!"
+    sync(world)
+    assert status_of(world, queued) == ("failed", "the number does not exist")
+    assert status_of(world, claimed) == ("failed", "not registered")
+    assert forget(world).erased == (2, 2, 0)
 
 
 def test_forgotten_person_is_not_written_to_after_the_next_import(
@@ -317,7 +337,13 @@ def test_unfinished_batch_that_names_the_person_is_named(world: TestData, jane: 
     by_id = world.batch(status="paused", query_json=json.dumps({"where": {"field": "id", "eq": jane}}))
     by_handle = world.batch(status="draft", vars='{"contact": "+1 (415) 555-0123"}')
     world.batch(status="draft", query_json=json.dumps({"where": {"field": "city", "eq": "Lisbon"}}))
-    assert sorted(forget(world).unfinished) == sorted([by_id, by_handle])
+    forgotten = forget(world)
+    assert sorted(forgotten.unfinished) == sorted([by_id, by_handle])
+    assert forgotten.is_deleted is False
+    world.quinn("UPDATE outreach_batches SET status = 'cancelled'")
+    again = forget(world)
+    assert (again.unfinished, again.erased.batches, again.is_deleted) == ([], 2, True)
+    assert jane not in str(world.quinn("SELECT query_json FROM outreach_batches WHERE id = %(id)s", id=by_id))
 
 
 def test_numeric_client_id_is_no_other_number(empty_database: str) -> None:
