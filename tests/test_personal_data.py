@@ -1,11 +1,13 @@
 """Check what is shown of a person, forgotten on demand, and erased when it is old; and what must stay."""
 
+import contextlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from helpers import ago, plan_nodes, queue_row, run_sql, status_of, sync, tick
-from testing import DeviceClient, TestData
+from helpers import LOCK_WAITS, ago, plan_nodes, queue_row, run_sql, status_of, sync, tick
+from testing import DeviceClient, TestData, wait_until
 
 import batches
 import db
@@ -100,6 +102,21 @@ def test_nothing_unfinished_is_erased(world: TestData, device_id: str) -> None:
     assert row_texts(world, waiting)[:2] == ("Hello!", HANDLE)
     assert sync(world)["erased"] == 2, "the sync has read the results, and erases their rows"
     assert status_of(world, claimed) == ("failed", "the number does not exist")
+
+
+def test_item_that_is_retried_at_the_same_moment_keeps_its_text(world: TestData) -> None:
+    world.settings(keep_bodies_days=30)
+    batch_id = world.batch()
+    item_id = old_item(world, batch_id, status="failed", sent_at=None, failure_reason="no", handle_key=HANDLE)
+    retry = "UPDATE outreach_batch_items SET status = 'pending', failure_reason = NULL"
+    with contextlib.closing(db.connect(world.databases.quinn_url)) as rival, ThreadPoolExecutor() as threads:
+        rival.autocommit = False
+        db.query(rival, retry)
+        erasing = threads.submit(erase_old, world)
+        wait_until(lambda: run_sql(world.databases.quinn_url, LOCK_WAITS))
+        rival.commit()
+        assert erasing.result(10) == (0, 0, 0)
+    assert item_texts(world, item_id) == ("Hello!", HANDLE, None, "pending")
 
 
 def test_pending_item_keeps_its_text_when_its_earlier_rows_lose_theirs(world: TestData, device_id: str) -> None:
@@ -271,6 +288,28 @@ def test_forgotten_person_is_nowhere_but_in_the_opt_outs(world: TestData, jane: 
             ("clients", "messages", "queue", "batches"), 0
         )
         assert [row["word"] for row in shown["optOuts"]] == [None]
+
+
+def test_owners_words_about_an_opt_out_are_erased_and_a_reply_keeps_its_word(
+    world: TestData, jane: str, mini: DeviceClient
+) -> None:
+    opt_outs.record(world.databases.quinn, world.databases.icloud, HANDLE, "her husband called: she is ill")
+    mini.opt_out("jane@example.com")
+    forget(world)
+    assert world.icloud("SELECT handle_key, source, word FROM icloud.opt_outs ORDER BY 1, 2") == [
+        (HANDLE, "owner", None),
+        ("jane@example.com", "owner", None),
+        ("jane@example.com", "reply", "STOP"),
+    ]
+
+
+def test_message_that_waits_is_not_erased_and_not_collected(
+    world: TestData, jane: str, mini: DeviceClient, device_id: str
+) -> None:
+    row_id = queue_row(world, None, device_id, body="By hand", handle_key=HANDLE)
+    assert forget(world).erased.rows == 0
+    assert row_texts(world, row_id)[:2] == ("By hand", HANDLE)
+    assert mini.peek()["items"] == mini.poll() == []
 
 
 def test_nothing_of_another_client_is_forgotten(world: TestData, jane: str, device_id: str) -> None:
