@@ -310,6 +310,14 @@ def test_forgotten_person_is_nowhere_but_in_the_opt_outs(world: TestData, jane: 
         assert [row["word"] for row in shown["optOuts"]] == [None]
 
 
+def test_message_to_a_number_that_the_client_has_no_more_is_erased(world: TestData, jane: str, device_id: str) -> None:
+    """The item of a batch made by hand names no handle: only the item leads to the row."""
+    item_id = world.item(world.batch(), jane, status="sent", sent_at=ago(5))
+    row_id = old_row(world, device_id, item_id, to_handle="+14155550177", handle_key="+14155550177")
+    assert forget(world).erased == (1, 1, 0)
+    assert row_texts(world, row_id)[:3] == ("", "", None)
+
+
 def test_owners_words_about_an_opt_out_are_erased_and_a_reply_keeps_its_word(
     world: TestData, jane: str, mini: DeviceClient
 ) -> None:
