@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import opt_out_check
 import pytest
@@ -296,3 +297,28 @@ def test_who_is_first_at_the_row_decides(site: Site, way: str, is_collect_first:
         assert asked[True].result(10) is is_collect_first
     assert site.violations({}) == []
     assert opt_out_check.meanwhile(site.acts.all, opt_out_check.collects(site.changes())) == is_collect_first
+
+
+def test_rows_expire_after_the_opt_out_is_committed_not_before(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row comes between the two statements, and a collect that has looked waits at it: the response waits as well."""
+    asked: list[Future[bool]] = []
+    with contextlib.closing(site.connect()) as rival, ThreadPoolExecutor() as threads:
+        insert = opt_outs._query_again
+
+        def meanwhile(*arguments: Any) -> list[db.Row]:
+            row_id = site.world.row(site.device_ids[0], to_handle=HANDLE, handle_key=HANDLE)
+            db.query(rival, "SELECT id FROM icloud.send_queue FOR UPDATE")
+            asked.append(threads.submit(ask_for, site, "collect", row_id))
+            waiting(site, 1)
+            return insert(*arguments)
+
+        def record() -> bool:
+            return opt_outs.record(site.world.databases.quinn, site.world.databases.icloud, HANDLE).is_new
+
+        monkeypatch.setattr(opt_outs, "_query_again", meanwhile)
+        recorded = threads.submit(site.acts.note, "owner", HANDLE, record)
+        wait_until(lambda: recorded.done() or len(run_sql(site.world.databases.icloud_url, LOCK_WAITS)) == 2)
+        rival.rollback()
+        assert recorded.result(10)
+        asked[0].result(10)
+    assert site.violations({}) == []
