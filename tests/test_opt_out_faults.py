@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ import requests
 from helpers import run_sql
 from opt_out_site import Backup, Mac, Site, figures
 from opt_out_step_run import Person, StepRun, minute
-from testing import DeviceClient, Script, TestData
+from testing import SERVICE_TOKEN, DeviceClient, Script, TestData
 
 pytestmark = pytest.mark.faults
 
@@ -97,7 +98,8 @@ def test_opt_outs_outlive_a_restore_of_both_databases(site: Site, no_pauses: Non
 
 PHASE = 6.5  # seconds before the restore, and after it
 LOSS = 0.03  # the share of the devices' exchanges whose request, or whose response, is lost
-PEOPLE, BATCHES, ITEMS = 30, 12, 30
+PEOPLE, BATCHES, ITEMS = 20, 12, 40  # whom the dispatcher writes to
+OTHERS = 20  # people with one handle, whom another program writes to, as fast as the server takes it
 
 
 class RandomRun:
@@ -111,15 +113,17 @@ class RandomRun:
         self.front = proxy.Http(("127.0.0.1", site.port), self._lose())
         url = f"http://127.0.0.1:{self.front.port}"
         self.macs = [Mac(site, DeviceClient(url, "a")), Mac(site, DeviceClient(url, "b"), is_polling=True)]
-        self.people = [(f"+1415556{number:04}", f"random{number}@example.com") for number in range(PEOPLE)]
+        self.clients = [(f"+1415556{number:04}", f"random{number}@example.com") for number in range(PEOPLE)]
+        self.others = [f"+1415557{number:04}" for number in range(OTHERS)]
+        self.people = self.clients + [(phone, phone) for phone in self.others]
         self.dispatcher: Script | None = None
 
     def fill(self) -> None:
         """Insert the people and the batches."""
         data = self.site.world
         rng = random.Random(self.seed)  # noqa: S311  # dice, not secrets
-        clients = [data.client(phone) for phone, _ in self.people]
-        for client_id, (_, mail) in zip(clients, self.people, strict=True):
+        clients = [data.client(phone) for phone, _ in self.clients]
+        for client_id, (_, mail) in zip(clients, self.clients, strict=True):
             data.quinn("INSERT INTO contact_relationships VALUES (%(id)s, %(mail)s)", id=client_id, mail=mail)
         for _ in range(BATCHES):
             data.batch(rng.choices(clients, k=ITEMS))
@@ -141,7 +145,7 @@ class RandomRun:
         """Let everything happen for a phase; in the first, make a backup amid it."""
         self.is_over.clear()
         self.start_dispatcher()
-        loops: list[Callable[[random.Random], None]] = [self._owner, self._replies, self._replies]
+        loops: list[Callable[[random.Random], None]] = [self._owner, self._replies, self._replies, self._enqueue]
         loops += [self._kill, self._switch, *map(self._device, self.macs)]
         with ThreadPoolExecutor(len(loops)) as threads:
             running = [threads.submit(self._repeat, loop, f"{phase} {number}") for number, loop in enumerate(loops)]
@@ -205,6 +209,18 @@ class RandomRun:
                 mac.report()
         time.sleep(rng.uniform(0, 0.15))
 
+    def _enqueue(self, rng: random.Random) -> None:
+        """Put a message into a device's queue, as a program without batches does."""
+        body = {
+            "batchItemId": str(uuid.UUID(int=rng.getrandbits(128))), "deviceId": rng.choice(self.site.device_ids),
+            "toHandle": rng.choice(self.others), "body": "Hello!",
+        }  # fmt: skip
+        headers = {"Authorization": f"Bearer {SERVICE_TOKEN}"}
+        url = f"{self.site.url}/admin/send-queue/enqueue"
+        status = requests.post(url, json=body, headers=headers, timeout=10).status_code
+        assert status in (200, 422), status
+        self.is_over.wait(rng.uniform(0, 0.02))
+
     def _owner(self, rng: random.Random) -> None:
         """Let the owner opt somebody out, in most cases somebody in again: else nobody would be left."""
         phone, mail = self._choose(rng)
@@ -248,7 +264,7 @@ def test_opt_outs_at_random(site: Site, seed: int, capsys: pytest.CaptureFixture
     backup.restore(run.macs)
     run.run_phase(2)
     run.front.close()
-    found = site.violations({phone: [mail] for phone, mail in run.people})
+    found = site.violations({phone: [mail] for phone, mail in run.clients})
     collected = opt_out_check.collects(site.changes())
     with capsys.disabled():
         sys.stdout.write(f"\nseed {seed}: {figures(site)}; killed: {dict(run.kills)}\n")
