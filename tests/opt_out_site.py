@@ -5,6 +5,7 @@ their steps. Every opt-out and opt-in is noted for opt_out_check.py.
 """
 
 import contextlib
+import functools
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -65,8 +66,6 @@ class Site:
         self.url = f"http://127.0.0.1:{self.port}"
         self.serve()
         self.owner_port = free_port()
-        self.serve_owner()
-        self.owner = ApiClient(f"http://127.0.0.1:{self.owner_port}", OWNER_TOKEN)
         self.client = WatchedClient(self.url)
         self.devices = [DeviceClient(self.url, name) for name in ("a", "b")]
 
@@ -76,6 +75,12 @@ class Site:
             "send_queue_server.py", SEND_QUEUE_PORT=str(self.port), SEND_QUEUE_THREADS=THREADS, QUINN_ICLOUD_DB_URL=url
         )
         self.server.port()
+
+    @functools.cached_property
+    def owner(self) -> ApiClient:
+        """The owner's client of a server that starts with the first use."""
+        self.serve_owner()
+        return ApiClient(f"http://127.0.0.1:{self.owner_port}", OWNER_TOKEN)
 
     def serve_owner(self) -> None:
         self.owner_server = self.start("outreach_server.py", OUTREACH_PORT=str(self.owner_port))

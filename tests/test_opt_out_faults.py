@@ -3,6 +3,7 @@
 opt_out_check.py judges from the requests and from the recorded changes; it asks the product nothing.
 """
 
+import contextlib
 import itertools
 import random
 import signal
@@ -24,6 +25,8 @@ from helpers import run_sql
 from opt_out_site import Backup, Mac, Site, figures
 from opt_out_step_run import Person, StepRun, minute
 from testing import SERVICE_TOKEN, DeviceClient, Script, TestData
+
+import db
 
 pytestmark = pytest.mark.faults
 
@@ -96,7 +99,7 @@ def test_opt_outs_outlive_a_restore_of_both_databases(site: Site, no_pauses: Non
 
 # --- at random ----------------------------------------------------------------------------------------
 
-PHASE = 6.5  # seconds before the restore, and after it
+PHASE = 5.0  # seconds before the restore, and after it
 LOSS = 0.03  # the share of the devices' exchanges whose request, or whose response, is lost
 PEOPLE, BATCHES, ITEMS = 20, 12, 40  # whom the dispatcher writes to
 OTHERS = 20  # people with one handle, whom another program writes to, as fast as the server takes it
@@ -119,7 +122,8 @@ class RandomRun:
         self.dispatcher: Script | None = None
 
     def fill(self) -> None:
-        """Insert the people and the batches."""
+        """Insert the people and the batches, and start the owner's server."""
+        assert self.site.owner.call("GET", "/healthz").ok
         data = self.site.world
         rng = random.Random(self.seed)  # noqa: S311  # dice, not secrets
         clients = [data.client(phone) for phone, _ in self.clients]
@@ -145,7 +149,8 @@ class RandomRun:
         """Let everything happen for a phase; in the first, make a backup amid it."""
         self.is_over.clear()
         self.start_dispatcher()
-        loops: list[Callable[[random.Random], None]] = [self._owner, self._replies, self._replies, self._enqueue]
+        loops: list[Callable[[random.Random], None]] = [self._owner, self._replies, self._replies]
+        loops += [self._enqueue, self._enqueue_late, self._hold]
         loops += [self._kill, self._switch, *map(self._device, self.macs)]
         with ThreadPoolExecutor(len(loops)) as threads:
             running = [threads.submit(self._repeat, loop, f"{phase} {number}") for number, loop in enumerate(loops)]
@@ -211,15 +216,46 @@ class RandomRun:
 
     def _enqueue(self, rng: random.Random) -> None:
         """Put a message into a device's queue, as a program without batches does."""
-        body = {
-            "batchItemId": str(uuid.UUID(int=rng.getrandbits(128))), "deviceId": rng.choice(self.site.device_ids),
-            "toHandle": rng.choice(self.others), "body": "Hello!",
-        }  # fmt: skip
+        self._post(rng, str(uuid.UUID(int=rng.getrandbits(128))), rng.choice(self.others))
+        self.is_over.wait(rng.uniform(0, 0.03))
+
+    def _enqueue_late(self, rng: random.Random) -> None:
+        """Hold a message's place in the unique index, so that its INSERT waits after it has looked for opt-outs."""
+        item_id, phone = str(uuid.UUID(int=rng.getrandbits(128))), rng.choice(self.others)
+        insert = """
+            INSERT INTO icloud.send_queue (device_id, to_handle, body, batch_item_id)
+            VALUES (%(device)s, 'rival', 'rival', %(item)s)
+        """
+        with contextlib.closing(self.site.connect()) as rival, ThreadPoolExecutor() as threads:
+            db.query(rival, insert, {"device": self.site.device_ids[0], "item": item_id})
+            posted = threads.submit(self._post, rng, item_id, phone)
+            time.sleep(rng.uniform(0.01, 0.05))
+            if rng.random() < 0.5:
+                mac = rng.choice(self.macs)
+                mac.receive(phone, "STOP", datetime.now(UTC))
+                mac.report()
+            rival.rollback()
+            posted.result()
+
+    def _post(self, rng: random.Random, item_id: str, phone: str) -> None:
+        device_id = rng.choice(self.site.device_ids)
+        body = {"batchItemId": item_id, "deviceId": device_id, "toHandle": phone, "body": "Hello!"}
         headers = {"Authorization": f"Bearer {SERVICE_TOKEN}"}
         url = f"{self.site.url}/admin/send-queue/enqueue"
         status = requests.post(url, json=body, headers=headers, timeout=10).status_code
         assert status in (200, 422), status
-        self.is_over.wait(rng.uniform(0, 0.02))
+
+    def _hold(self, rng: random.Random) -> None:
+        """Hold rows of the queue, so that a collect waits after it has looked for opt-outs."""
+        sql = """
+            SELECT id FROM icloud.send_queue WHERE status = 'queued' AND collected_at IS NULL
+             ORDER BY created_at DESC LIMIT 5 FOR UPDATE SKIP LOCKED
+        """
+        with contextlib.closing(self.site.connect()) as rival:
+            db.query(rival, sql)
+            time.sleep(rng.uniform(0.01, 0.05))
+            rival.rollback()
+        self.is_over.wait(rng.uniform(0, 0.05))
 
     def _owner(self, rng: random.Random) -> None:
         """Let the owner opt somebody out, in most cases somebody in again: else nobody would be left."""
