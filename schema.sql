@@ -440,6 +440,9 @@ CREATE INDEX IF NOT EXISTS contact_relationships_primary
 CREATE INDEX IF NOT EXISTS contact_relationships_of_client ON contact_relationships (client_id);
 CREATE INDEX IF NOT EXISTS outreach_batches_sending
     ON outreach_batches (last_served_at NULLS FIRST, created_at, id) WHERE status = 'sending';
+-- The batches that have not ended, by status, for /metrics: counting all of them would cost more with each batch.
+CREATE INDEX IF NOT EXISTS outreach_batches_open
+    ON outreach_batches (status) WHERE status IN ('draft', 'sending', 'paused');
 -- A batch's next item, and the EXISTS that checks whether a batch has pending items.
 CREATE INDEX IF NOT EXISTS outreach_batch_items_pending
     ON outreach_batch_items (batch_id, created_at, id) WHERE status = 'pending';

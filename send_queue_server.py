@@ -23,6 +23,7 @@ import psycopg2.errors
 
 import db
 import handles
+import metrics
 import opt_outs
 import runtime
 import serving
@@ -39,6 +40,7 @@ DEVICE_HEALTH = "/client/imessage/health"
 OPT_OUTS = "/client/imessage/opt-outs"
 ENQUEUE = "/admin/send-queue/enqueue"
 STATUS = "/admin/send-queue/status"
+METRICS = "/metrics"
 HEALTH = "/healthz"
 
 T = TypeVar("T")
@@ -138,6 +140,7 @@ def make_app(database: db.RetryingConnection, service_token: str) -> bottle.Bott
     app.route(OPT_OUTS, "POST", functools.partial(opt_out, database))
     app.route(ENQUEUE, "POST", functools.partial(enqueue, database, service_token))
     app.route(STATUS, "GET", functools.partial(status, database, service_token))
+    app.route(METRICS, "GET", functools.partial(scrape, database, service_token))
     app.route(HEALTH, "GET", functools.partial(health, database))
     return app
 
@@ -643,6 +646,12 @@ def status(database: db.RetryingConnection, service_token: str) -> Data:
         if device_id
     ]
     return {"devices": devices, "lastHour": {"sent": rows[0][0], "failed": rows[0][1]}}
+
+
+def scrape(database: db.RetryingConnection, service_token: str) -> bottle.HTTPResponse:
+    """GET metrics: what waits for each device, and the results of the last hour, for Prometheus."""
+    serving.require_token(service_token)
+    return serving.text(metrics.render(metrics.queue(database.query)), metrics.CONTENT_TYPE)
 
 
 def health(database: db.RetryingConnection) -> Data:

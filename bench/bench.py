@@ -20,6 +20,7 @@ import dispatch_rows
 import http_rows
 import memory_rows
 import message_rows
+import metrics_rows
 from environment import FULL, QUICK, Bench
 from table import Row, console, describe_machine, show, write_markdown
 
@@ -36,6 +37,7 @@ GROUPS = {
         dispatch_rows.stale_statistics,
         dispatch_rows.item_history,
         dispatch_rows.bulk,
+        metrics_rows.scrape,
         message_rows.message,
         memory_rows.memory,
         composing_rows.search,

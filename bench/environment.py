@@ -28,6 +28,7 @@ START_TIMEOUT = 30  # seconds
 STOP_TIMEOUT = 15  # seconds
 WAIT_TIMEOUT = 60  # seconds
 PRODUCT = ["send_queue_server.py"]
+OUTREACH_SERVER = ["outreach_server.py"]
 CONSTANT = ["bench/peers.py", "constant"]
 STARLETTE = ["bench/peers.py", "starlette"]
 LIMIT = ["bench/peers.py", "limit"]
@@ -236,6 +237,7 @@ def environment_of(database_url: str) -> dict[str, str]:
         "QUINN_DB_URL": database_url,
         "QUINN_ICLOUD_DB_URL": database_url,
         "MAC_SYNC_SERVICE_TOKEN": product.SERVICE_TOKEN,
+        "OUTREACH_OWNER_TOKEN": product.OWNER_TOKEN,
     }
 
 

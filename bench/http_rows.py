@@ -222,15 +222,20 @@ def repeated(port: int, message: bytes) -> Iterator[None]:
 
 
 def fill_queue(bench: Bench, database: Database) -> None:
-    """Fill a database with finished rows, one every 30 seconds."""
+    """Fill the template of the groups that have a long history of the queue."""
+    add_finished(database, bench.size.history)
+
+
+def add_finished(database: Database, count: int) -> None:
+    """Insert finished rows, one every 30 seconds."""
     sql = """
         INSERT INTO icloud.send_queue
-               (device_id, to_handle, body, batch_item_id, created_at, collected_at, sent_at, status)
-        SELECT %(device)s, '+14155550123', %(body)s, gen_random_uuid(), moment, moment, moment, 'sent'
+               (device_id, to_handle, body, batch_item_id, created_at, collected_at, sent_at, updated_at, status)
+        SELECT %(device)s, '+14155550123', %(body)s, gen_random_uuid(), moment, moment, moment, moment, 'sent'
           FROM (SELECT now() - number * interval '30 seconds' FROM generate_series(1, %(count)s) AS number)
                AS past (moment)
     """
-    database.fill(sql, device=database.device("idle"), body=BODY, count=bench.size.history)
+    database.fill(sql, device=database.device("idle"), body=BODY, count=count)
 
 
 def queue_history(bench: Bench) -> Iterator[Row]:

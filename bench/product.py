@@ -31,6 +31,7 @@ import templates
 
 ROOT = Path(db.__file__).parent
 SERVICE_TOKEN = "service-token-0123456789"  # noqa: S105  # protects only a temporary database
+OWNER_TOKEN = "owner-token-0123456789"  # noqa: S105  # as above
 
 connect = db.connect
 hash_token = db.hash_token

@@ -18,6 +18,7 @@ GROUPS = {
     "stale_statistics": 1,
     "item_history": 2,
     "bulk": 3,
+    "scrape": 2,
     "memory": 3,
     "search": 1,
     "draft": 3,

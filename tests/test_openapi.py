@@ -24,6 +24,7 @@ DEVICE_HEALTH = "/client/imessage/health"
 OPT_OUTS = "/client/imessage/opt-outs"
 ENQUEUE = "/admin/send-queue/enqueue"
 STATUS = "/admin/send-queue/status"
+METRICS = "/metrics"
 TOO_LONG = b"x" * 70_000
 
 
@@ -117,6 +118,9 @@ PROVOKED: dict[tuple[str, int], Callable[[Api], requests.Response]] = {
     (STATUS, 200): lambda api: api.call("GET", STATUS, SERVICE_TOKEN),
     (STATUS, 401): lambda api: api.call("GET", STATUS, "mac-mini"),
     (STATUS, 405): lambda api: api.call("POST", STATUS, SERVICE_TOKEN),
+    (METRICS, 200): lambda api: api.call("GET", METRICS, SERVICE_TOKEN),
+    (METRICS, 401): lambda api: api.call("GET", METRICS, None),
+    (METRICS, 405): lambda api: api.call("POST", METRICS, SERVICE_TOKEN),
     ("/healthz", 200): lambda api: api.call("GET", "/healthz", None),
     ("/healthz", 405): lambda api: api.call("POST", "/healthz", None),
 }
@@ -128,6 +132,7 @@ ASKED: dict[str, Callable[[Api], requests.Response]] = {
     OPT_OUTS: lambda api: api.opt_out(),
     ENQUEUE: lambda api: api.enqueue(),
     STATUS: lambda api: api.call("GET", STATUS, SERVICE_TOKEN),
+    METRICS: lambda api: api.call("GET", METRICS, SERVICE_TOKEN),
     "/healthz": lambda api: api.call("GET", "/healthz", None),
 }
 

@@ -20,6 +20,7 @@ RULES = {
     "import_columns",
     "importing",
     "last_checks",
+    "metrics",
     "spreadsheet",
     "audience",
     "client_fields",
