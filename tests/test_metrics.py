@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import requests
+import yaml
 from helpers import ago
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 from situations import composed, running_system, sent_items, uncollected_items
-from testing import OWNER_TOKEN, SERVICE_TOKEN, TestData
+from testing import OWNER_TOKEN, ROOT, SERVICE_TOKEN, TestData
 
 import metrics
 
@@ -164,6 +165,17 @@ def test_metrics_keep_prometheus_conventions(text: str) -> None:
         for sample in family.samples:
             assert sample.name.endswith("_total") is (family.type == "counter")
             assert not {"job", "instance"} & set(sample.labels), "Prometheus sets these itself"
+
+
+def test_page_names_each_metric_and_its_labels(text: str) -> None:
+    page = (ROOT / "docs" / "operating.md").read_text()
+    rows = re.findall(r"^\| `((?:send_queue|outreach)_\w+)` \| (.*?) ?\|", page, re.MULTILINE)
+    found = {sample.name: set(sample.labels) for sample in samples_of(text)}
+    limits = {"outreach_limit_used_messages": {"limit"}, "outreach_limit_max_messages": {"limit"}}  # none is set
+    assert {name: set(re.findall(r"`(\w+)`", labels)) for name, labels in rows} == found | limits
+    for block in re.findall(r"^```yaml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE):
+        assert set(re.findall(r"\b(?:send_queue|outreach)_\w+", block)) <= set(found)
+        assert yaml.safe_load(block)
 
 
 @pytest.mark.parametrize("token", [None, "mac-mini", OWNER_TOKEN])
