@@ -246,5 +246,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(timedelta(seconds=runtime.env_int("DISPATCH_INTERVAL_SECONDS", 30)), urls, heartbeat)
 
 
-if __name__ == "__main__":
+def entry_point() -> None:
+    """Run the command `outreach-alert`, which an installation of the package has."""
     runtime.run_main(main)
+
+
+if __name__ == "__main__":
+    entry_point()

@@ -41,8 +41,7 @@ Row = tuple[Any, ...]
 Params = dict[str, Any]
 
 URL_VARIABLES: dict[DatabaseName, str] = {"icloud": "QUINN_ICLOUD_DB_URL", "quinn": "QUINN_DB_URL"}
-HERE = Path(__file__).parent
-EMBEDDED_DATA_DIR = HERE / "pgdata"  # of the embedded PostgreSQL; delete it to start with empty databases
+EMBEDDED_DATA_DIR = runtime.DATA_DIR / "pgdata"  # of the embedded PostgreSQL; delete it to start with empty databases
 
 # Defaults of a connection; its URL can override them. If a database host loses power or network, these time-outs
 # (seconds) free the thread. The kernel's own time-out is 15 minutes.
@@ -328,7 +327,7 @@ def migrate(address: str, part: DatabaseName) -> list[str]:
     error keeps the statements before it. Raises psycopg2.Error. If the platform's own table lacks a column, the
     message names both, and no statement has changed the database.
     """
-    parts = dict(section.split(" ", 1) for section in (HERE / "schema.sql").read_text().split("-- part: ")[1:])
+    parts = dict(section.split(" ", 1) for section in (runtime.HERE / "schema.sql").read_text().split("-- part: ")[1:])
     conn = connect(address)
     try:
         query(conn, "SET statement_timeout = 0")  # an index over a long history may need minutes
@@ -752,5 +751,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-if __name__ == "__main__":
+def entry_point() -> None:
+    """Run the command `send-queue-db`, which an installation of the package has."""
     runtime.run_main(main)
+
+
+if __name__ == "__main__":
+    entry_point()

@@ -1032,5 +1032,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def entry_point() -> None:
+    """Run the command `outreach-dispatcher`, which an installation of the package has."""
     runtime.run_main(main)
+
+
+if __name__ == "__main__":
+    entry_point()

@@ -527,7 +527,6 @@ def as_data(value: object) -> Any:
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="outreach.py",
         description="Import people, compose a batch, look at it, test it, and send it. Exit status: 0 done, 1 failed "
         "or refused, 2 misconfigured or used wrongly.",
         epilog="environment: QUINN_DB_URL, QUINN_ICLOUD_DB_URL, DEFAULT_REGION (the country of numbers without +, such "
@@ -696,5 +695,10 @@ def complain(message: str, status: int) -> int:
     return status
 
 
-if __name__ == "__main__":
+def entry_point() -> None:
+    """Run the command `outreach`, which an installation of the package has."""
     runtime.run_main(main)
+
+
+if __name__ == "__main__":
+    entry_point()

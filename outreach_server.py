@@ -381,5 +381,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return serving.serve("outreach-server", app, sockets, serving.THREADS, upload)
 
 
-if __name__ == "__main__":
+def entry_point() -> None:
+    """Run the command `outreach-server`, which an installation of the package has."""
     runtime.run_main(main)
+
+
+if __name__ == "__main__":
+    entry_point()

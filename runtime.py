@@ -17,6 +17,10 @@ from pathlib import Path
 
 import dotenv
 
+HERE = Path(__file__).parent
+# Where `.env` and the data of the embedded PostgreSQL are: in the clone. An upgrade of an installed wheel deletes its
+# directory, so there it is the working directory.
+DATA_DIR = HERE if (HERE / "pyproject.toml").exists() else Path.cwd()
 TOKEN_LENGTH = 16  # characters; the minimum of the service token
 UUID = re.compile("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
@@ -28,8 +32,8 @@ class ConfigError(Exception):
 
 
 def load_settings() -> None:
-    """Read `.env` beside the scripts into the environment. Variables that are already set keep their values."""
-    path = Path(__file__).with_name(".env")
+    """Read `.env` in DATA_DIR into the environment. Variables that are already set keep their values."""
+    path = DATA_DIR / ".env"
     try:
         dotenv.load_dotenv(path)
     except PermissionError:

@@ -783,5 +783,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return serving.serve("send-queue-server", app, sockets, threads)
 
 
-if __name__ == "__main__":
+def entry_point() -> None:
+    """Run the command `send-queue-server`, which an installation of the package has."""
     runtime.run_main(main)
+
+
+if __name__ == "__main__":
+    entry_point()

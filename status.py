@@ -230,5 +230,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return watch(console, interval) if arguments.watch else show(console, interval, arguments.json)
 
 
-if __name__ == "__main__":
+def entry_point() -> None:
+    """Run the command `send-queue-status`, which an installation of the package has."""
     runtime.run_main(main)
+
+
+if __name__ == "__main__":
+    entry_point()

@@ -94,8 +94,8 @@ def pytest_configure(config: pytest.Config) -> None:
 # The files that `make owner-test` runs.
 OWNER_TESTS = {
     "alert", "approved", "audience", "composing", "composing_clients", "composing_whole", "importing", "metrics",
-    "openapi_owner", "outreach", "outreach_server", "owner_opt_outs", "personal_data", "quiet_times", "screens",
-    "settings", "templates", "unusual", "zones",
+    "openapi_owner", "outreach", "outreach_server", "owner_opt_outs", "packaging", "personal_data", "quiet_times",
+    "screens", "settings", "templates", "unusual", "zones",
 }  # fmt: skip
 
 
