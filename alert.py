@@ -21,6 +21,7 @@ import msgspec
 import requests
 
 import handles
+import opt_outs
 import pacing
 import quiet_times
 import report
@@ -28,6 +29,9 @@ import runtime
 
 STATE_FILE = "alerts.json"
 HEARTBEAT_TIMEOUT = 10  # seconds
+MAX_LISTED = 5  # handles of a message
+# How long an opt-out is looked for, and at most how many, so that the state file stays short.
+OPT_OUTS_OF, MAX_OPT_OUTS = timedelta(days=7), 1000
 HOLD_PATIENCE = timedelta(minutes=10)  # an owner who pauses for a moment needs no message
 OUTAGE_PATIENCE = timedelta(minutes=2)  # a restart of a database or of the dispatcher is no outage
 # Holds that a condition of a device or of a batch describes.
@@ -57,10 +61,15 @@ class Known(msgspec.Struct):
 
 
 class State(msgspec.Struct):
-    """What the state file keeps. `finished`: the batches of the last day whose end was told."""
+    """What the state file keeps.
+
+    `finished`: the batches of the last day whose end was told. `opt_outs`: the replies of the last days that an earlier
+    run has looked up; each is told at most once.
+    """
 
     conditions: dict[str, Known] = msgspec.field(default_factory=dict)
     finished: list[str] = msgspec.field(default_factory=list)
+    opt_outs: list[str] = msgspec.field(default_factory=list)
 
 
 class News(NamedTuple):
@@ -69,6 +78,7 @@ class News(NamedTuple):
     begun: list[str]
     ended: list[str]
     finished: list[str]
+    opt_outs: list[str]
 
     def __bool__(self) -> bool:
         return any(self)
@@ -97,8 +107,29 @@ def conditions(seen: report.Report) -> Iterator[Condition]:
         yield Condition(f"stopped batch {batch.id}", sentence)
 
 
-def compare(state: State, seen: report.Report) -> tuple[State, News]:
-    """Return the next state, and what has begun, ended or finished since the last one."""
+def read_opt_outs(known: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the ids of the latest replies that opted out, and the handles of the new ones that no client has.
+
+    `known`: the ids that an earlier run has looked up. Only new ones are looked up, because that reads all contacts. If a
+    database is down, the next run does it.
+    """
+    found, problem = report.read_database(
+        "icloud", lambda icloud: opt_outs.recent_replies(icloud, OPT_OUTS_OF, MAX_OPT_OUTS)
+    )
+    if found is None or problem:
+        return list(known), []
+    new = {key for opt_out_id, key in found.items() if opt_out_id not in set(known)}
+    if not new:
+        return list(found), []
+    nobodys, problem = report.read_database("quinn", lambda quinn: opt_outs.of_nobody(quinn, sorted(new)))
+    return (list(known), []) if nobodys is None or problem else (list(found), sorted(nobodys))
+
+
+def compare(state: State, seen: report.Report, replies: tuple[list[str], list[str]]) -> tuple[State, News]:
+    """Return the next state, and what has begun, ended or finished since the last one.
+
+    `replies`: what read_opt_outs() returned.
+    """
     found = {condition.key: condition for condition in conditions(seen)}
     known = dict(state.conditions)
     begun, ended = [], []
@@ -116,7 +147,8 @@ def compare(state: State, seen: report.Report) -> tuple[State, News]:
     batches = {batch.id: batch for batch in seen.finished_batches or ()}
     finished = [_finish(batch) for name, batch in batches.items() if name not in state.finished]
     told = state.finished if seen.finished_batches is None else list(batches)
-    return State(known, told), News(begun, ended, finished)
+    looked_up, of_nobody = replies
+    return State(known, told, looked_up), News(begun, ended, finished, _assign(of_nobody))
 
 
 def _is_hidden(key: str, seen: report.Report) -> bool:
@@ -135,13 +167,31 @@ def _finish(batch: report.FinishedBatch) -> str:
     return f"Batch {batch.id[:8]}… is finished: {', '.join(parts)}."
 
 
+def _assign(keys: Sequence[str]) -> list[str]:
+    """Return the sentence about opt-outs of handles that no client has; [] for none."""
+    if not keys:
+        return []
+    masked = ", ".join(handles.mask_handle(key) for key in keys[:MAX_LISTED])
+    more = f" and {len(keys) - MAX_LISTED} more" if len(keys) > MAX_LISTED else ""
+    return [
+        f"Opted out, and no client has this number or address: {masked}{more}. Say whose it is: python outreach.py "
+        "opt-outs --unassigned, then python outreach.py assign HANDLE CLIENT."
+    ]
+
+
 # --- telling it ---------------------------------------------------------------------------------------
 
 
 def message(news: News) -> tuple[str, str]:
     """Return a message's title and text, without a full handle."""
-    title = "Outreach needs you" if news.begun else "Outreach: finished" if news.finished else "Outreach: over"
-    lines = [*news.begun, *news.finished, *(f"Over: {sentence}" for sentence in news.ended)]
+    title = (
+        "Outreach needs you"
+        if news.begun or news.opt_outs
+        else "Outreach: finished"
+        if news.finished
+        else "Outreach: over"
+    )
+    lines = [*news.begun, *news.opt_outs, *news.finished, *(f"Over: {sentence}" for sentence in news.ended)]
     return title, FULL_HANDLE.sub(lambda handle: handles.mask_handle(handle[0]), "\n".join(lines))
 
 
@@ -205,13 +255,13 @@ def state_path() -> Path:
 def run(interval: timedelta, urls: str | None, heartbeat: str | None) -> int:
     """Tell what is new and ping the monitor; return 1 if either failed. The next run then tries again."""
     path = state_path()
-    seen = report.report(interval)
-    state, news = compare(read_state(path), seen)
+    before = read_state(path)
+    state, news = compare(before, report.report(interval), read_opt_outs(before.opt_outs))
     is_told = True
     if news and urls:
         is_told = send(urls, *message(news))
         if is_told:
-            logger.info("alert sent begun=%d ended=%d finished=%d", *map(len, news))
+            logger.info("alert sent begun=%d ended=%d finished=%d opt_outs=%d", *map(len, news))
         else:
             logger.error("alert not accepted by every address in ALERT_URLS; the next run tries again")
     if is_told:

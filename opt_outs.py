@@ -11,7 +11,7 @@ import csv
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Any, BinaryIO, Literal, NamedTuple, TextIO
 
@@ -333,10 +333,27 @@ def unassigned(quinn: Connection, icloud: Connection, after: str | None = None, 
     """
     found: list[OptOut] = []
     while len(found) < limit and (candidates := page(icloud, after, CHUNK, active_only=True)):
-        known = {contact.key for contact in contacts.of_handles(quinn, [one.handle_key for one in candidates])}
-        found += [one for one in candidates if one.handle_key not in known]
+        nobodys = of_nobody(quinn, [one.handle_key for one in candidates])
+        found += [one for one in candidates if one.handle_key in nobodys]
         after = candidates[-1].id
     return found[:limit]
+
+
+def recent_replies(icloud: Connection, length: timedelta, limit: int) -> dict[str, str]:
+    """Return the handle of each active opt-out that came as a reply within `length`, by the opt-out's id."""
+    sql = """
+        SELECT id, handle_key
+          FROM icloud.opt_outs
+         WHERE created_at > now() - %(length)s AND source = 'reply' AND ended_at IS NULL
+         ORDER BY created_at DESC
+         LIMIT %(limit)s
+    """
+    return dict(db.query(icloud, sql, {"length": length, "limit": limit}))
+
+
+def of_nobody(quinn: Connection, keys: Sequence[str]) -> set[str]:
+    """Return those of these keys (handles.key) that no client has. Reads all contacts: see contacts.py."""
+    return set(keys) - {contact.key for contact in contacts.of_handles(quinn, keys)}
 
 
 def assign(quinn: Connection, icloud: Connection, handle: str, client_id: str) -> bool:

@@ -8,10 +8,13 @@ import msgspec
 import pytest
 from helpers import ago, run_script
 from receiver import Receiver, running_receiver
-from situations import device_is_off, in_quiet_hours, paused, running_system, sending, stopped, uncollected_items, zero
+from situations import (
+    NOWHERE, device_is_off, in_quiet_hours, paused, running_system, sending, stopped, uncollected_items, zero,
+)  # fmt: skip
 from testing import TestData
 
 import alert
+import contacts
 import runtime
 
 STOPPED = {"status": "paused", "digest": "d", "pause_reason": "the last 5 messages failed"}
@@ -143,6 +146,60 @@ def test_finished_batch_is_told_once_and_only_with_failures(world: TestData, rec
     assert alert.main([]) == 0
     expected = f"Batch {bad[:8]}… is finished: 1 messages failed, 1 may have been sent: look at the Mac."
     assert receiver.texts() == [expected]
+
+
+def reply_stop(world: TestData, key: str, **columns: object) -> None:
+    values = {"handle_key": key, "word": "STOP", "source": "reply", "received_at": ago(60)} | columns
+    names, places = ", ".join(values), ", ".join(f"%({name})s" for name in values)
+    world.icloud(f"INSERT INTO icloud.opt_outs ({names}) VALUES ({places})", **values)
+
+
+def test_opt_out_of_a_handle_that_no_client_has_is_told_once(world: TestData, receiver: Receiver) -> None:
+    running_system(world)
+    world.client("(+1) 415 555-0123")
+    reply_stop(world, "+14155550123")
+    reply_stop(world, "+14155550177", created_at=ago(days=8))
+    reply_stop(world, "+14155550188", source="owner")
+    reply_stop(world, "+14155550199", ended_at=ago(5), ended_by="START")
+    assert alert.main([]) == 0
+    assert receiver.texts() == []
+    reply_stop(world, "eve@example.com")
+    for _ in range(3):
+        assert alert.main([]) == 0
+    expected = "Opted out, and no client has this number or address: e•••@example.com. Say whose it is: "
+    assert [text.startswith(expected) for text in receiver.texts()] == [True]
+    assert alert.main([]) == 0
+    assert receiver.texts() == [], "not even that it is over: the owner has assigned it"
+
+
+def test_many_opt_outs_are_one_short_message(world: TestData, receiver: Receiver) -> None:
+    running_system(world)
+    for number in range(9):
+        reply_stop(world, f"+1415555019{number}")
+    assert alert.main([]) == 0
+    [text] = receiver.texts()
+    assert (text.count("•••"), text.count("and 4 more")) == (5, 1)
+
+
+def test_opt_out_is_looked_up_once(
+    world: TestData, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each look-up reads all contacts. It is repeated only if a database was down, or nobody got the message."""
+    running_system(world)
+    reply_stop(world, "eve@example.com")
+    receiver.accepts = False
+    assert alert.main([]) == 1
+    receiver.texts()
+    receiver.accepts = True
+    assert alert.main([]) == 0
+    assert len(receiver.texts()) == 1
+    monkeypatch.setattr(contacts, "of_handles", lambda *_: pytest.fail("it was looked up again"))
+    assert alert.main([]) == 0
+    url = world.databases.icloud_url
+    monkeypatch.setenv("QUINN_ICLOUD_DB_URL", NOWHERE)
+    assert alert.main([]) == 0
+    monkeypatch.setenv("QUINN_ICLOUD_DB_URL", url)
+    assert alert.main([]) == 0
 
 
 def test_hold_behind_another_hold_is_not_over(world: TestData, receiver: Receiver, later: Callable[..., None]) -> None:
