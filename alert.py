@@ -110,8 +110,8 @@ def conditions(seen: report.Report) -> Iterator[Condition]:
 def read_opt_outs(known: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the ids of the latest replies that opted out, and the handles of the new ones that no client has.
 
-    `known`: the ids that an earlier run has looked up. Only new ones are looked up, because that reads all contacts. If a
-    database is down, the next run does it.
+    `known`: the ids that an earlier run has looked up. Only new ones are looked up, because that reads all contacts.
+    If a database is down, the next run does it.
     """
     found, problem = report.read_database(
         "icloud", lambda icloud: opt_outs.recent_replies(icloud, OPT_OUTS_OF, MAX_OPT_OUTS)
@@ -162,7 +162,7 @@ def _is_hidden(key: str, seen: report.Report) -> bool:
 
 
 def _finish(batch: report.FinishedBatch) -> str:
-    parts = [f"{batch.failed} messages failed"] if batch.failed else []
+    parts = [f"{batch.failed} message{'' if batch.failed == 1 else 's'} failed"] if batch.failed else []
     parts += [f"{batch.unknown} may have been sent: look at the Mac"] if batch.unknown else []
     return f"Batch {batch.id[:8]}… is finished: {', '.join(parts)}."
 

@@ -17,7 +17,6 @@ and nothing has emptied: their indexes have the statistics of a new installation
 import contextlib
 import importlib
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -41,6 +40,7 @@ from testing import (
     TestData,
     numbers,
     on_database,
+    running_postgres,
 )
 
 import db
@@ -49,19 +49,6 @@ import outreach_server
 import quiet_times
 import send_queue_server
 import serving
-
-
-@contextlib.contextmanager
-def running_postgres() -> Iterator[PrivatePostgres]:
-    """Start the wheel's PostgreSQL in a directory that is deleted afterwards.
-
-    The directory is outside pytest's. Whenever root starts pytest, it closes its directory to all other users. Among
-    them is the user as whom PostgreSQL runs when root starts it.
-    """
-    with tempfile.TemporaryDirectory(prefix="postgres-", ignore_cleanup_errors=True) as directory:
-        postgres = PrivatePostgres(Path(directory) / "data")
-        yield postgres
-        postgres.server.cleanup()
 
 
 @contextlib.contextmanager

@@ -49,7 +49,9 @@ def running_receiver() -> Iterator[Receiver]:
     receiver = Receiver()
     thread = threading.Thread(target=receiver.server.serve_forever)
     thread.start()
-    yield receiver
-    receiver.server.shutdown()
-    thread.join()
-    receiver.server.server_close()
+    try:
+        yield receiver
+    finally:  # else the thread would keep the tests' process alive
+        receiver.server.shutdown()
+        thread.join()
+        receiver.server.server_close()

@@ -9,8 +9,16 @@ import pytest
 from helpers import ago, run_script
 from receiver import Receiver, running_receiver
 from situations import (
-    NOWHERE, device_is_off, in_quiet_hours, paused, running_system, sending, stopped, uncollected_items, zero,
-)  # fmt: skip
+    NOWHERE,
+    device_is_off,
+    in_quiet_hours,
+    paused,
+    running_system,
+    sending,
+    stopped,
+    uncollected_items,
+    zero,
+)
 from testing import TestData
 
 import alert
@@ -144,7 +152,7 @@ def test_finished_batch_is_told_once_and_only_with_failures(world: TestData, rec
     world.quinn("UPDATE outreach_batches SET updated_at = now() - interval '25 hours' WHERE id = %(id)s", id=old)
     assert alert.main([]) == 0
     assert alert.main([]) == 0
-    expected = f"Batch {bad[:8]}… is finished: 1 messages failed, 1 may have been sent: look at the Mac."
+    expected = f"Batch {bad[:8]}… is finished: 1 message failed, 1 may have been sent: look at the Mac."
     assert receiver.texts() == [expected]
 
 

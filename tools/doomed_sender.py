@@ -6,13 +6,14 @@ name DIE_IN, or at each with the probability DIE_RATE. CONSTANTS replaces waitin
 
 If SLEEPS names a directory, the Mac sleeps there: at the step that the file `sleep_at` names, the process makes the
 file `asleep`, and goes on when that is gone. The time of day of this Mac is ahead by the seconds in the file `slept`;
-its monotonic clock stood still. Example:
+its monotonic clock stood still. While the file that DENIED names exists, the sender has no Full Disk Access. Example:
 
     DIE_AT=17 STEPS=steps.txt python tools/doomed_sender.py --home DIRECTORY run
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -29,6 +30,7 @@ import mac_sender
 die_at = int(os.environ.get("DIE_AT", "0"))
 die_rate = float(os.environ.get("DIE_RATE", "0"))
 die_in = os.environ.get("DIE_IN", "")
+denied = Path(os.environ["DENIED"]) if "DENIED" in os.environ else None
 sleeps = Path(os.environ["SLEEPS"]) if "SLEEPS" in os.environ else None
 steps = Path(os.environ["STEPS"]) if "STEPS" in os.environ else None
 count = 0
@@ -61,6 +63,11 @@ class Journal(mac_sender.Journal):
 class Mac(mac_sender.Mac):
     def now(self) -> float:
         return super().now() + (float((sleeps / "slept").read_text()) if sleeps else 0)
+
+    def open_file(self, path: Path) -> None:
+        if denied and denied.exists():
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        super().open_file(path)
 
     def run(self, *command: str, text: str = "", limit: float = 10) -> mac_sender.Ran:
         what = Path(command[0]).name + ("" if len(command) < 3 else " send")

@@ -14,9 +14,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -78,6 +79,19 @@ class PrivatePostgres:
     def start(self) -> None:
         """Start PostgreSQL; return when it accepts connections."""
         self.server.ensure_postgres_running()
+
+
+@contextlib.contextmanager
+def running_postgres() -> Iterator[PrivatePostgres]:
+    """Start the wheel's PostgreSQL in a directory that is deleted afterwards.
+
+    The directory is outside pytest's. Whenever root starts pytest, it closes its directory to all other users. Among
+    them is the user as whom PostgreSQL runs when root starts it.
+    """
+    with tempfile.TemporaryDirectory(prefix="postgres-", ignore_cleanup_errors=True) as directory:
+        postgres = PrivatePostgres(Path(directory) / "data")
+        yield postgres
+        postgres.server.cleanup()
 
 
 class Clone:
