@@ -88,10 +88,8 @@ class System:
             self.tick()
 
     def tick(self) -> None:
-        """Wait until both jobs have succeeded after this moment."""
-        sql = """
-            SELECT 1 FROM outreach_settings WHERE LEAST(last_tick_at, last_synced_at, last_dispatched_at) > %(now)s
-        """
+        """Wait until the dispatch job, which follows the sync job, has succeeded after this moment."""
+        sql = "SELECT 1 FROM outreach_settings WHERE LEAST(last_tick_at, last_dispatched_at) > %(now)s"
         [(now,)] = self.world.quinn("SELECT clock_timestamp()")
         wait_until(lambda: self.world.quinn(sql, now=now), seconds=30)
 
@@ -211,6 +209,30 @@ def test_stopped_postgresql_is_told(system: System) -> None:
     assert system.alerts() == [], "a restart of PostgreSQL is no outage"
     system.later(minutes=3)
     system.check("Held: database quinn cannot be reached; database icloud cannot be reached", start)
+
+
+def test_failing_sync_is_told(system: System) -> None:
+    refuse = """
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'refused'; END $$;
+        CREATE TRIGGER refuse BEFORE UPDATE ON outreach_batch_items
+           FOR EACH ROW WHEN (NEW.status = 'sent') EXECUTE FUNCTION refuse()
+    """
+
+    def accept() -> None:
+        system.world.quinn("DROP FUNCTION refuse CASCADE")
+        wait_until(lambda: system.world.statuses() == ["sent"])
+        system.tick()
+
+    system.world.batch(clients=1)
+    [row_id] = collect_all(system, 1)
+    system.world.quinn(refuse)
+    device(system).result(row_id).raise_for_status()
+    assert system.dispatcher
+    system.dispatcher.wait_for("sync job failed")
+    system.world.settings(last_synced_at=ago(minutes=5))
+    assert system.alerts() == []
+    system.later(minutes=3)
+    system.check("Failing: the dispatcher runs, and its sync job has failed for 5 min", accept)
 
 
 def test_killed_server_is_told(system: System) -> None:
