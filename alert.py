@@ -45,11 +45,12 @@ logger = logging.getLogger("outreach-alert")
 
 
 class Condition(msgspec.Struct):
-    """Something that needs a person. `patience`: how long it lasts before it is told."""
+    """Something that needs a person. `advice`: what to do. `patience`: how long it lasts before it is told."""
 
     key: str
     sentence: str
     patience: timedelta = timedelta(0)
+    advice: str = ""
 
 
 class Known(msgspec.Struct):
@@ -93,15 +94,14 @@ def conditions(seen: report.Report) -> Iterator[Condition]:
     if verdict.needs_operator and not (verdict.hold or "").startswith(DESCRIBED_ELSEWHERE):
         is_outage = (verdict.hold or "").startswith(OUTAGES)
         patience = OUTAGE_PATIENCE if is_outage else HOLD_PATIENCE
-        sentence = " ".join(part for part in (verdict.sentence, verdict.advice) if part)
-        yield Condition(f"{HELD}{verdict.hold}", sentence, patience)
+        yield Condition(f"{HELD}{verdict.hold}", verdict.sentence, patience, verdict.advice or "")
     for line in seen.devices or ():
         device = pacing.Device(*msgspec.structs.astuple(line))
         if device.problem:
             yield Condition(f"problem of device {device.id}", f"{device.complaint}.", OUTAGE_PATIENCE)
         elif device.is_late(seen.now):
-            sentence = f"{device.name}, {device.seen(seen.now)}, keeps messages waiting. See that it is on."
-            yield Condition(f"silence of device {device.id}", sentence)
+            sentence = f"{device.name}, {device.seen(seen.now)}, keeps messages waiting."
+            yield Condition(f"silence of device {device.id}", sentence, advice="See that it is on.")
     for batch in seen.stopped_batches or ():
         sentence = f"Batch {batch.id[:8]}… paused itself: {batch.reason}."
         yield Condition(f"stopped batch {batch.id}", sentence)
@@ -141,7 +141,7 @@ def compare(state: State, seen: report.Report, replies: tuple[list[str], list[st
         before = known.get(key) or Known(seen.now, condition.sentence)
         is_due = seen.now - before.since >= condition.patience
         if is_due and not before.is_told:
-            begun.append(condition.sentence)
+            begun.append(f"{condition.sentence} {condition.advice}".rstrip())
             before = Known(before.since, condition.sentence, is_told=True)
         known[key] = before
     batches = {batch.id: batch for batch in seen.finished_batches or ()}
