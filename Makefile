@@ -21,7 +21,7 @@ owner-test: .venv/test  ## run the tests of composing, importing, the owner's AP
 
 # A different seed at each run, unless you set SEED.
 SEED := $(or $(SEED),$(shell date +%s))
-faults: .venv/faults  ## kill each process at each step, fail over to a standby, inject random faults, in about 8 minutes
+faults: .venv/faults  ## kill each process at each step, fail over to a standby, inject random faults, in about 9 minutes
 	$(BIN)/python -m pytest -m 'faults or hypothesis' --hypothesis-seed=$(SEED) || \
 	    { echo 'replay: make faults SEED=$(SEED)'; exit 1; }
 

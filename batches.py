@@ -73,11 +73,16 @@ def acquire_lock(quinn: Connection, stop: threading.Event) -> None:
 def withdraw(quinn: Connection, icloud: Connection, snapshot: pacing.Snapshot | None) -> int:
     """Withdraw the uncollected rows that must not be sent now; return how many.
 
-    Those are all rows of items while a hold of everything lasts; otherwise the rows of batches that may not be sent
-    now (their status, their times, their approval), rows past their valid_until, rows to people of whom another handle
-    has opted out (the server knows no clients, so it stops only rows to the handle itself), and rows that the
-    dispatcher made (drafted_at) and whose item was deleted. It starts from the rows, because a crash may have left one
-    whose item still says `pending`. A row that was put in by hand is left alone until its valid_until.
+    Those are all rows of items while a hold of everything lasts; otherwise
+    - the rows for recipients where it is quiet
+    - rows of batches that may not be sent now: their status, their times, their approval
+    - rows to people of whom another handle has opted out: the server knows no clients, so it stops only rows to the
+      handle itself
+    - rows past their valid_until
+    - rows that the dispatcher made (drafted_at) and whose item was deleted
+
+    It starts from the rows, because a crash may have left one whose item still says `pending`. A row that was put in by
+    hand is left alone until its valid_until.
     """
     uncollected = """
         SELECT id, batch_item_id, COALESCE(valid_until <= now(), false), drafted_at IS NOT NULL
@@ -107,6 +112,7 @@ def withdraw(quinn: Connection, icloud: Connection, snapshot: pacing.Snapshot | 
     has_opted_out = {
         item_id for item_id, _, addresses in items if any(handles.key(address) in stopped for address in addresses)
     }
+    asleep = _asleep(quinn, snapshot, list(is_wanted)) if snapshot and not hold else set()
     reasons: dict[str, str] = {}
     for row_id, item_id, is_expired, is_ours in rows:
         if is_expired:
@@ -115,6 +121,8 @@ def withdraw(quinn: Connection, icloud: Connection, snapshot: pacing.Snapshot | 
             reasons[row_id] = str(hold)
         elif item_id in is_wanted and not is_wanted[item_id]:
             reasons[row_id] = "its batch is not being sent"
+        elif item_id in asleep:
+            reasons[row_id] = "it is quiet where its recipient is"
         elif item_id in has_opted_out:
             reasons[row_id] = "opted out"
         elif item_id not in is_wanted and is_ours:

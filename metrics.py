@@ -149,7 +149,7 @@ def outreach(quinn: Any) -> Iterator[Metric]:
 
 def _pacing(snapshot: pacing.Snapshot | None) -> Iterator[Metric]:
     """Yield the limits and the ages of the jobs. Without a row of settings there are no limits, and no job ran."""
-    usage = pacing.limit_usage(snapshot) if snapshot else []
+    usage = [*pacing.limit_usage(snapshot), *pacing.new_contact_usage(snapshot)] if snapshot else []
     yield _gauge(
         "outreach_limit_used_messages",
         "Messages that count against the limit now: sent in its window, may have been sent, or in flight. Only limits "

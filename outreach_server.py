@@ -30,8 +30,9 @@ import handles
 import import_columns
 import importing
 import metrics
-import pacing
+import opt_outs
 import personal_data
+import quiet_times
 import report
 import runtime
 import serving
@@ -50,6 +51,10 @@ BATCH = "/my/outreach/batch/<batch_id>"
 SETTINGS = "/my/outreach/settings"
 STATUS = "/my/outreach/status"
 CLIENTS = "/my/outreach/clients"
+OPT_OUTS = "/my/outreach/opt-outs"
+OPT_OUTS_CSV = "/my/outreach/opt-outs.csv"
+OPT_OUTS_IMPORT = "/my/outreach/opt-outs/import"
+PEOPLE = "/my/outreach/people"
 METRICS = "/metrics"
 HEALTH = "/healthz"
 UPLOADS = (CLIENTS, OPT_OUTS_IMPORT)
@@ -138,6 +143,14 @@ def make_app(api: Api) -> bottle.Bottle:
     route(SETTINGS, "PUT", change_settings)
     route(STATUS, "GET", status)
     route(CLIENTS, "POST", import_clients)
+    route(OPT_OUTS, "GET", list_opt_outs)
+    route(OPT_OUTS, "POST", opt_out)
+    route(OPT_OUTS_CSV, "GET", export_opt_outs)
+    route(OPT_OUTS_IMPORT, "POST", import_opt_outs)
+    route(f"{OPT_OUTS}/end", "POST", opt_in)
+    route(f"{OPT_OUTS}/assign", "POST", assign)
+    route(f"{PEOPLE}/show", "POST", show_person)
+    route(f"{PEOPLE}/forget", "POST", forget)
     route(METRICS, "GET", scrape)
     app.route(HEALTH, "GET", functools.partial(health, api))
     return app
@@ -259,13 +272,70 @@ def import_clients(api: Api, quinn: Connection, icloud: Connection) -> object:
     return {"plan": job.plan, "applied": importing.apply(quinn, job, strict=is_strict)}
 
 
+# --- opt-outs, what is stored -------------------------------------------------------------------------
+
+
+def list_opt_outs(api: Api, quinn: Connection, icloud: Connection) -> object:
+    """GET opt-outs: the record, newest first; with `?unassigned=true` what no client has. A page at a time."""
+    after, limit = _after(), _limit()
+    if _flag("unassigned"):
+        found = opt_outs.unassigned(quinn, icloud, after, limit + 1)
+    else:
+        found = opt_outs.page(icloud, after, limit + 1)
+    shown = found[:limit]
+    return {"entries": [one.as_data() for one in shown], "after": shown[-1].id if len(found) > limit else None}
+
+
+def export_opt_outs(api: Api, quinn: Connection, icloud: Connection) -> object:
+    """GET opt-outs.csv: the whole record, for an authority or for another program."""
+    file = io.StringIO()
+    opt_outs.write_csv(icloud, file)
+    headers = {"Content-Type": "text/csv; charset=utf-8", "Content-Disposition": 'attachment; filename="opt-outs.csv"'}
+    return bottle.HTTPResponse(file.getvalue().encode(), 200, headers)
+
+
+def import_opt_outs(api: Api, quinn: Connection, icloud: Connection) -> object:
+    """POST opt-outs/import: record an opt-out for each line of the CSV file in the body."""
+    entries = opt_outs.read_list(bottle.request.environ["wsgi.input"])
+    return opt_outs.import_list(quinn, icloud, entries).as_data()
+
+
+def opt_out(api: Api, quinn: Connection, icloud: Connection) -> object:
+    """POST opt-outs: record that a person wants no more messages; it takes effect at once."""
+    said = _body(OptOut)
+    return opt_outs.record(quinn, icloud, said.handle, said.word, said.received_at).as_data()
+
+
+def opt_in(api: Api, quinn: Connection, icloud: Connection) -> object:
+    """POST opt-outs/end: end a handle's opt-out; name what else of the same person has opted out."""
+    handle = _body(Person).handle
+    is_ended = opt_outs.end(icloud, handle)
+    return {"isEnded": is_ended, "others": opt_outs.others_of_person(quinn, icloud, handle)}
+
+
+def assign(api: Api, quinn: Connection, icloud: Connection) -> object:
+    """POST opt-outs/assign: give a handle to a client, so that its opt-out counts there."""
+    wanted = _body(Assignment)
+    return {"isNew": opt_outs.assign(quinn, icloud, wanted.handle, wanted.client_id)}
+
+
+def show_person(api: Api, quinn: Connection, icloud: Connection) -> object:
+    """POST people/show: all that is stored about a person."""
+    return personal_data.show_person(quinn, icloud, _body(Person).handle)
+
+
+def forget(api: Api, quinn: Connection, icloud: Connection) -> object:
+    """POST people/forget: erase a person's messages and name; the opt-out stays."""
+    return personal_data.forget(quinn, icloud, _body(Person).handle).as_data()
+
+
 def scrape(api: Api, quinn: Connection, icloud: Connection) -> object:
     """GET metrics: the queue's, and those of the batches, limits and jobs, for Prometheus."""
     for conn in (quinn, icloud):
         # Every statement has an index. Without statistics, the planner might read a whole table instead.
         db.query(conn, "SET enable_seqscan = off")
-    found = [*metrics.queue(functools.partial(db.query, icloud)), *metrics.outreach(quinn)]
-    return serving.text(metrics.render(found), metrics.CONTENT_TYPE)
+    body = metrics.render([*metrics.queue(functools.partial(db.query, icloud)), *metrics.outreach(quinn)])
+    return bottle.HTTPResponse(body, Content_Type=metrics.CONTENT_TYPE)
 
 
 def health(api: Api) -> object:

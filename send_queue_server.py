@@ -651,7 +651,8 @@ def status(database: db.RetryingConnection, service_token: str) -> Data:
 def scrape(database: db.RetryingConnection, service_token: str) -> bottle.HTTPResponse:
     """GET metrics: what waits for each device, and the results of the last hour, for Prometheus."""
     serving.require_token(service_token)
-    return serving.text(metrics.render(metrics.queue(database.query)), metrics.CONTENT_TYPE)
+    body = metrics.render(metrics.queue(database.query))
+    return bottle.HTTPResponse(body, Content_Type=metrics.CONTENT_TYPE)
 
 
 def health(database: db.RetryingConnection) -> Data:

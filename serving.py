@@ -391,11 +391,6 @@ def decode_body(body: bytes | str, kind: type[T]) -> T:
         abort(400, "the body is not JSON in UTF-8")
 
 
-def text(body: bytes, content_type: str) -> bottle.HTTPResponse:
-    """Return the response of an endpoint that does not respond in JSON."""
-    return bottle.HTTPResponse(body, 200, Content_Type=content_type)
-
-
 def abort(status: int, sentence: str, data: Data | None = None, **headers: str) -> NoReturn:
     """Respond with an error: a sentence for a person, and in `data` the facts that a program needs."""
     raise bottle.HTTPResponse(_error(sentence, data), status, Content_Type="application/json", **headers)
@@ -411,7 +406,7 @@ def _error(sentence: str, data: Data | None = None) -> bytes:
 
 
 def _handle_errors(endpoint: Callable[..., object], url_variable: str) -> Callable[..., bytes | bottle.HTTPResponse]:
-    """Wrap an endpoint: respond with its data as JSON; log an exception and respond with an error.
+    """Wrap an endpoint: respond with its data as JSON, or with its own response; log an exception and say what failed.
 
     The log gets only the kind of an exception, because PostgreSQL's texts quote the values of the statement.
     """
@@ -435,7 +430,7 @@ def _handle_errors(endpoint: Callable[..., object], url_variable: str) -> Callab
         except Exception as error:  # noqa: BLE001  # a bug must end as a 500 in JSON, and its text must not be logged
             logger.error("endpoint failed error=%s request=%r\n%s", type(error).__name__, _where(), _frames(error))
             abort(500, "the server failed; its log names the error")
-        if isinstance(data, bottle.HTTPResponse):  # text(), not JSON
+        if isinstance(data, bottle.HTTPResponse):
             return data
         response.content_type = "application/json"
         return msgspec.json.encode({"success": True, "data": data})

@@ -80,9 +80,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # The files that `make owner-test` runs.
 OWNER_TESTS = {
-    "alert", "approved", "audience", "composing", "composing_clients", "composing_whole", "importing", "metrics",
-    "openapi_owner", "outreach", "outreach_server", "owner_opt_outs", "packaging", "personal_data", "quiet_times",
-    "screens", "settings", "templates", "unusual", "zones",
+    "alert", "approved", "audience", "composing", "composing_clients", "composing_recipients", "composing_whole",
+    "importing", "metrics", "openapi_owner", "outreach", "outreach_server", "owner_opt_outs", "packaging",
+    "personal_data", "quiet_times", "screens", "settings", "templates", "unusual", "zones",
 }  # fmt: skip
 
 

@@ -46,8 +46,8 @@ class Contract:
             jsonschema.validate(response.headers.get(name), header["schema"])
         [(media_type, content)] = promised["content"].items()
         assert response.headers["Content-Type"] == media_type
-        found = response.json() if media_type == "application/json" else response.text
-        jsonschema.validate(found, content["schema"], format_checker=jsonschema.FormatChecker())
+        data = response.json() if media_type == "application/json" else response.text
+        jsonschema.validate(data, content["schema"], format_checker=jsonschema.FormatChecker())
 
 
 def run_schemathesis(

@@ -176,6 +176,26 @@ PROVOKED: dict[tuple[str, str, int], Callable[[Owner], requests.Response]] = {
     (CLIENTS, "post", 409): lambda owner: owner.upload("?apply=other"),
     (CLIENTS, "post", 413): lambda owner: owner.call("POST", CLIENTS, "wrong", data=b"x" * 2_000_000),
     (CLIENTS, "post", 431): lambda owner: owner.upload(f"?name={'x' * 20_000}"),
+    (OPT_OUTS, "get", 200): lambda owner: owner.opted_out(),
+    (OPT_OUTS, "get", 400): lambda owner: owner.call("GET", f"{OPT_OUTS}?unassigned=yes"),
+    (OPT_OUTS, "post", 200): lambda owner: owner.post(OPT_OUTS, {"handle": "+14155550123"}),
+    (OPT_OUTS, "post", 400): lambda owner: owner.post(OPT_OUTS, {"handle": "Jane"}),
+    (f"{OPT_OUTS}.csv", "get", 200): lambda owner: [owner.opted_out(), owner.call("GET", f"{OPT_OUTS}.csv")][1],
+    (f"{OPT_OUTS}/import", "post", 200): lambda owner: owner.call("POST", f"{OPT_OUTS}/import", data=FILE),
+    (f"{OPT_OUTS}/import", "post", 400): lambda owner: owner.call("POST", f"{OPT_OUTS}/import", data=b"%PDF"),
+    (f"{OPT_OUTS}/import", "post", 413): lambda owner: owner.call(
+        "POST", f"{OPT_OUTS}/import", "wrong", data=b"x" * 2_000_000
+    ),
+    (f"{OPT_OUTS}/end", "post", 200): lambda owner: owner.of_person(f"{OPT_OUTS}/end"),
+    (f"{OPT_OUTS}/end", "post", 400): lambda owner: owner.post(f"{OPT_OUTS}/end", {}),
+    (f"{OPT_OUTS}/assign", "post", 200): lambda owner: owner.assign(),
+    (f"{OPT_OUTS}/assign", "post", 400): lambda owner: owner.post(
+        f"{OPT_OUTS}/assign", {"handle": "+14155550123", "clientId": NOBODY}
+    ),
+    (f"{PEOPLE}/show", "post", 200): lambda owner: owner.of_person(f"{PEOPLE}/show"),
+    (f"{PEOPLE}/show", "post", 400): lambda owner: owner.post(f"{PEOPLE}/show", {"handle": "a\ud800@b.de"}),
+    (f"{PEOPLE}/forget", "post", 200): lambda owner: owner.of_person(f"{PEOPLE}/forget"),
+    (f"{PEOPLE}/forget", "post", 400): lambda owner: owner.post(f"{PEOPLE}/forget", {"handle": "Jane"}),
     ("/metrics", "get", 200): lambda owner: owner.call("GET", "/metrics"),
     ("/healthz", "get", 200): lambda owner: owner.call("GET", "/healthz", None),
 }

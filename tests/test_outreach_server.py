@@ -33,6 +33,11 @@ ENDPOINTS = [
     ("PUT", "/my/outreach/settings"),
     ("GET", "/my/outreach/status"),
     ("POST", "/my/outreach/clients"),
+    ("GET", "/my/outreach/opt-outs"),
+    ("POST", "/my/outreach/opt-outs"),
+    ("GET", "/my/outreach/opt-outs.csv"),
+    *[("POST", f"/my/outreach/opt-outs/{verb}") for verb in ("import", "end", "assign")],
+    *[("POST", f"/my/outreach/people/{verb}") for verb in ("show", "forget")],
     ("GET", "/metrics"),
 ]
 

@@ -222,6 +222,44 @@ def test_frequent_statement_reads_only_open_work(
     check_a_day(world, base_url, mac_sync, spied, "fresh")
 
 
+def test_choice_among_sleeping_recipients_reads_only_who_may_go(
+    world: TestData, mac_sync: dispatcher.SendQueueClient, spied: list[Statement]
+) -> None:
+    """Ten thousand pending items of 25 zones: messages go from 12:00 to 14:00, so in two or three of them."""
+    world.settings(
+        quiet_hours_of="recipient", quiet_hours_start="14:00", quiet_hours_end="12:00", quiet_hours_tz="UTC",
+        max_new_contacts_per_day=1000, max_per_client_per_week=5, max_per_minute=None, max_per_hour=None,
+    )  # fmt: skip
+    clients = """
+        UPDATE clients SET time_zone = 'Etc/GMT' || CASE WHEN zone < 0 THEN zone::text ELSE '+' || zone END
+          FROM (SELECT id, get_byte(uuid_send(id), 0) %% 25 - 12 AS zone FROM clients) AS of_client
+         WHERE clients.id = of_client.id
+    """
+    zones = """
+        UPDATE outreach_batch_items AS item
+           SET time_zones = ARRAY[time_zone], new_contact = get_byte(uuid_send(clients.id), 1) %% 2 = 0
+          FROM clients
+         WHERE clients.id = client_id AND item.status = 'pending'
+           AND batch_id IN (SELECT id FROM outreach_batches WHERE status = 'sending')
+    """
+    fill_history(world.databases, world.device("mini"))
+    fill_waiting(world.databases, world.device("other"))
+    world.quinn(clients)
+    world.quinn(zones)
+    world.settings(min_gap_seconds=None, max_per_day=None)
+    quinn, icloud = world.databases.quinn, world.databases.icloud
+    for statistics in ("missing", "fresh"):
+        spied.clear()
+        dispatcher.sync(quinn, icloud)
+        assert dispatcher.dispatch(quinn, icloud, mac_sync)["queued"] > 0
+        for sql, params in [(sql, params) for sql, params in spied if any(table in sql for table in TABLES)]:
+            work = explain(icloud if "icloud." in sql else quinn, sql, params)
+            assert not work.scanned, f"with {statistics} statistics this scans {work.scanned}: {sql}"
+            in_hand = OTHERS if any(phrase in sql for phrase in ALL_WAITING) else 0
+            assert work.rows <= 4 * MAX_ROWS + in_hand, f"with {statistics} statistics: {work.rows} rows: {sql}"
+        analyze(world)
+
+
 def test_scrape_reads_only_open_work(world: TestData, spied: list[Statement]) -> None:
     """Count over a history with many ended batches, whose items of the cancelled ones are still pending."""
     ended = """
