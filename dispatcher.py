@@ -604,19 +604,19 @@ def enqueue_claimed(
 ) -> None:
     """Enqueue each item and record what became of it. Raises ServerUnavailable, with the rest still claimed.
 
-    A claim may have waited through an outage, and a tick may be long: so it looks again for opt-outs, and before each
-    request for a pause, for what the item's batch asks (last_checks.py) and whether it is quiet where the recipient is
-    by their present number. What is enqueued all the same is withdrawn at once.
+    A claim may have waited through an outage, and a tick may be long: so it looks again before each request: for
+    opt-outs, for a pause, for what the item's batch asks (last_checks.py), and whether it is quiet where the recipient
+    is by their present number. What is enqueued all the same is withdrawn at once.
     """
     rules = last_checks.read_rules(quinn, sorted({item.batch_id for item in items}))
     times = snapshot.settings.quiet_times
-    opted_out = batches.opted_out(icloud, (handle for item in items for handle in item.handles))
     # The settings were read once, for this tick. What does not fit into one interval waits for the next tick.
     end = time.monotonic() + interval()
     for item in items:
         if stop.is_set() or time.monotonic() > end:
             return
         runtime.sd_notify("WATCHDOG=1")
+        opted_out = batches.opted_out(icloud, item.handles)  # the server knows only this one handle
         names = zones.zones_of_person(item.time_zone, item.handles)
         weekly = snapshot.settings.max_per_client_per_week
         if reason := skip_reason(item.handle, item.handles, opted_out) or late_reason(quinn, rules, item, weekly):

@@ -282,6 +282,23 @@ def test_an_opt_out_while_a_claim_waited_is_seen(
     assert world.icloud("SELECT * FROM icloud.send_queue") == []
 
 
+def test_an_opt_out_of_another_handle_during_a_tick_is_seen_before_the_next_request(
+    world: TestData, mini: DeviceClient, mac_sync: dispatcher.SendQueueClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in (1, 2):
+        world.batch([client_with(world, f"+1415555010{number}", f"other{number}@example.com")])
+    enqueue = dispatcher.enqueue_item
+
+    def meanwhile(*arguments: Any) -> tuple[str, bool]:
+        for number in (1, 2):
+            mini.opt_out(f"other{number}@example.com")
+        return enqueue(*arguments)
+
+    monkeypatch.setattr(dispatcher, "enqueue_item", meanwhile)
+    assert +tick(world, mac_sync) == {"skipped": 1, "queued": 1}
+    assert world.icloud("SELECT count(*) FROM icloud.send_queue") == [(1,)]
+
+
 def test_an_opt_out_between_the_look_and_the_request_is_a_422_and_a_skip(
     world: TestData, mini: DeviceClient, mac_sync: dispatcher.SendQueueClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,8 +354,8 @@ def test_the_work_follows_the_heads_that_are_looked_at(
     statements = record_statements(monkeypatch)
     assert tick(world, mac_sync) == {"skipped": 12, "queued": 2}
     asked = [params["keys"] for sql, params in statements if "opt_outs WHERE handle_key = ANY" in sql]
-    assert [len(keys) for keys in asked] == [2, 10, 39, 2], (
-        "the first one's batch has one head, then ten, then the rest"
+    assert [len(keys) for keys in asked] == [2, 10, 39, 1, 1], (
+        "the first batch has one head, then ten, then the rest; then each of the two before its request"
     )
     assert world.statuses(batch_id) == ["skipped"] * 12 + ["queued"] + ["pending"] * 37
 
