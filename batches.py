@@ -286,7 +286,9 @@ def retry(quinn: Connection, batch_id: str, include_unknown: bool = False) -> tu
                -- send_queue_id stays: the row whose failure is known (see reconcile_claims). outcome_unknown_at
                -- stays, too: what may have been sent counts against the limits.
                SET status = 'pending', attempt = attempt + 1, failure_reason = NULL, device_id = NULL,
-                   queued_at = NULL, claimed_at = NULL, updated_at = now()
+                   queued_at = NULL, claimed_at = NULL, updated_at = now(),
+                   -- The next tick looks the client up again: another batch may have written to them since.
+                   time_zones = NULL
              WHERE batch_id = %(batch_id)s AND status = 'failed'
                AND (outcome_unknown_at IS NULL OR %(include_unknown)s)
                AND erased_at IS NULL  -- nothing is left to send

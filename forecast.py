@@ -250,18 +250,22 @@ def simulate_tick(
 
     def claim(current: pacing.Snapshot, batch_ids: Sequence[str]) -> tuple[int, int]:
         claimed = new_contacts = 0
-        all_served = [waiting.pop(batch_id) for batch_id in batch_ids]
-        for served in all_served:
+        served = []
+        for simulation in [waiting[batch_id] for batch_id in batch_ids]:
+            simulation.skip(snapshot.now, recipients.due)
             due = recipients.due_within_limit(current, new_contacts)
-            served.skip(snapshot.now, due)
-            if head := served.next(due):
+            head = simulation.next(due)
+            if head is None and simulation.next(recipients.due):
+                continue  # it waits for a place for new contacts, and keeps its turn
+            served.append(waiting.pop(simulation.batch.id))
+            if head:
                 claimed += 1
                 new_contacts += head.group.is_new
-                sent.extend(item for item in (served.take(snapshot.now, due),) if item)
+                sent.extend(item for item in (simulation.take(snapshot.now, due),) if item)
         # One statement gives all its batches the same last_served_at; after that, created_at decides their order.
-        for served in sorted(all_served, key=lambda each: each.sort_key[1:]):
-            if served.left:
-                waiting[served.batch.id] = served
+        waiting.update(
+            (each.batch.id, each) for each in sorted(served, key=lambda each: each.sort_key[1:]) if each.left
+        )
         return claimed, new_contacts
 
     pacing.claim_round_robin(snapshot, sending, claim)

@@ -326,7 +326,11 @@ def batches(quinn: Any, snapshot: Snapshot | None = None) -> list[Batch]:
     due = due_groups(snapshot) if snapshot else None
     is_new_limited = due is not None and bool(snapshot and snapshot.settings.new_contact_limits)
     rows = db.query(quinn, sql, {**recipient_groups.parameters(due), "is_new_limited": is_new_limited})
-    not_due = {group: count for group, count in snapshot.groups.items() if group not in due} if snapshot and due else {}
+    not_due = (
+        {group: count for group, count in snapshot.groups.items() if group not in due}
+        if snapshot and due is not None
+        else {}
+    )
     held = recipients_hold(snapshot, not_due) if snapshot else None
     held = held or Hold("looking up recipients", message="the next tick looks its recipients up", clears_itself=True)
     return [Batch(*row[:-2])._replace(held=None if row[-2] else held, is_known_due=row[-1]) for row in rows]

@@ -121,7 +121,9 @@ def read_outreach(quinn: Any, batch_id: str | None = None) -> OutreachSnapshot:
     now, read_at = _read_clock(quinn)
     counts = _read_counts(quinn, batch_id)
     is_exact = sum(batch.pending for batch in counts.values()) <= MAX_SIMULATED_ITEMS
-    known = list(counts) if is_exact else [batch_id] if batch_id else []
+    # A composed batch was checked when it was drafted. Of one that was made by hand, each item may turn out otherwise.
+    by_hand = [batch_id] if batch_id and batch_id in counts and not counts[batch_id].is_composed else []
+    known = list(counts) if is_exact else by_hand
     snapshot = pacing.read_snapshot(quinn)
     items, claims = _read_items(quinn, known, snapshot.settings if snapshot else None)
     waiting = pacing.batches(quinn)
@@ -207,20 +209,26 @@ def _read_items(
     """Return the pending items of each batch, and the number of its claimed items."""
     sql = """
         SELECT item.batch_id, item.claimed_at IS NOT NULL, item.client_id::text, item.rendered_body = '',
-               (SELECT min(handle) FROM contact_relationships WHERE client_id = item.client_id AND is_primary),
-               ARRAY(SELECT handle FROM contact_relationships
-                      WHERE client_id = item.client_id AND handle IS NOT NULL
-                      ORDER BY is_primary DESC NULLS LAST, handle),
-               (SELECT to_jsonb(client) ->> 'time_zone' FROM clients AS client WHERE id = item.client_id),
+               contact.handle, COALESCE(contact.handles, '{}'),
+               CASE WHEN %(is_by_recipient)s AND time_zones IS NULL
+                    THEN (SELECT to_jsonb(client) ->> 'time_zone' FROM clients AS client WHERE id = item.client_id)
+               END,
                item.time_zones, item.new_contact
           FROM outreach_batch_items AS item
+         CROSS JOIN LATERAL (
+               SELECT min(handle) FILTER (WHERE is_primary) AS handle,
+                      array_agg(handle ORDER BY is_primary DESC NULLS LAST, handle) AS handles
+                 FROM contact_relationships
+                WHERE client_id = item.client_id AND handle IS NOT NULL
+               ) AS contact
          WHERE item.status = 'pending' AND item.batch_id = ANY (%(ids)s::uuid[])
          ORDER BY item.batch_id, item.created_at, item.id
     """
-    rows = db.query(quinn, sql, {"ids": list(batch_ids)}) if batch_ids else []
+    is_by_recipient = settings is not None and settings.is_by_recipient
+    parameters = {"ids": list(batch_ids), "is_by_recipient": is_by_recipient}
+    rows = db.query(quinn, sql, parameters) if batch_ids else []
     weekly = settings.max_per_client_per_week if settings else None
     full = history.written_to(quinn, [row[2] for row in rows], [], 7, times=weekly)[0] if weekly and rows else set()
-    is_by_recipient = settings is not None and settings.is_by_recipient
 
     def item(row: db.Row) -> PendingItem:
         _, _, client_id, is_empty, handle, addresses, time_zone, time_zones, new_contact = row

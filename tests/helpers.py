@@ -175,6 +175,12 @@ def utc_in(minutes: float) -> str:
     return f"{datetime.now(UTC) + timedelta(minutes=minutes):%H:%M}"
 
 
+def zone_at(hour: int) -> str:
+    """Return a zone without summer time where it is now between `hour` and an hour later."""
+    ahead = (hour - datetime.now(UTC).hour + 12) % 24 - 12
+    return f"Etc/GMT{-ahead:+}" if ahead else "UTC"
+
+
 def start_quiet_hours(world: TestData) -> None:
     """Set quiet hours that began an hour ago and end in an hour."""
     world.settings(quiet_hours_start=utc_in(-60), quiet_hours_end=utc_in(60), quiet_hours_tz="UTC")

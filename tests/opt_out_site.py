@@ -36,17 +36,16 @@ class Unreachable(dispatcher.SendQueueClient):
 
 
 class WatchedClient(dispatcher.SendQueueClient):
-    """A client that calls `before` ahead of the first request, and `after` behind each response."""
+    """A client that calls `before` ahead of each request, and `after` behind each response, with the item's id."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url, SERVICE_TOKEN)
         self.asked: list[str] = []
-        self.before: Callable[[], None] = lambda: None
+        self.before: Callable[[str], None] = lambda item_id: None
         self.after: Callable[[str], None] = lambda item_id: None
 
     def enqueue(self, item: dispatcher.Item, *arguments: Any) -> str:
-        if not self.asked:
-            self.before()
+        self.before(item.id)
         self.asked.append(item.id)
         queue_id = super().enqueue(item, *arguments)
         self.after(item.id)

@@ -140,6 +140,12 @@ class StepRun:
         with ThreadPoolExecutor(4) as threads:
             list(threads.map(lambda person: VARIANTS[person.variant](self.site, person), self.people))
 
+    def opt_out_one(self, item_id: str) -> None:
+        """Let the kind of opt-out happen of the person who gets this item."""
+        for person in self.people:
+            if self.item_of.get(person.batch_id) == item_id:
+                VARIANTS[person.variant](self.site, person)
+
     def draft(self, again: bool = False) -> None:
         """Draft a batch for each person; `again`: another one than before."""
         if again:

@@ -4,9 +4,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from helpers import ago
+from helpers import ago, zone_at
 from test_composing import draft, person, search
-from test_recipients_night import zone_at
 from testing import TestData
 
 import forecast

@@ -7,6 +7,7 @@ import pytest
 from helpers import ago, hold_sending, logged_problems, record_statements, report_all, row_statuses, sync, tick
 from testing import TestData
 
+import choosing
 import dispatcher
 
 
@@ -107,7 +108,7 @@ def test_skip_also_works_behind_ended_items(world: TestData, mac_sync: dispatche
 def test_many_unreachable_items_do_not_block_a_batch(
     world: TestData, mac_sync: dispatcher.SendQueueClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatcher, "LOOKS", (1, 2))
+    monkeypatch.setattr(choosing, "LOOKS", (1, 2))
     world.device()
     batch_id = world.batch(clients=[*(world.client(None) for _ in range(4)), world.client()])
     other = world.batch(clients=1)

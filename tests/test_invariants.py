@@ -24,6 +24,7 @@ from helpers import (
     start_quiet_hours,
     sync,
     tick,
+    zone_at,
 )
 from testing import SERVICE_TOKEN, DeviceClient, Script, TestData, wait_until
 
@@ -457,6 +458,29 @@ def test_14_nobody_gets_a_batch_twice(
     assert [to for to, _ in sent] == ["+14155550001", "a@example.com"]
     assert composing.send(world.databases.quinn, made.id, made.digest, made.items).status == "sent"
     assert send_all(world, mini, mac_sync) == []
+
+
+def test_15_nothing_is_collected_while_it_is_quiet_in_any_zone_of_the_recipient(
+    world: TestData, base_url: str, mac_sync: dispatcher.SendQueueClient
+) -> None:
+    """Two zones, in one of which it is night; then it becomes night in one while the dispatcher is dead."""
+    world.device("mini")
+    world.settings(quiet_hours_start="21:00", quiet_hours_end="08:00", quiet_hours_tz="UTC", quiet_hours_of="recipient")
+    client_id = world.client()
+    place = "UPDATE clients SET time_zone = %(zone)s WHERE id = %(id)s"
+    world.quinn(place, zone=zone_at(22), id=client_id)
+    batch_id = world.batch(clients=[client_id])
+    tick(world, mac_sync)
+    assert world.icloud("SELECT id FROM icloud.send_queue") == []
+    world.quinn(place, zone=zone_at(12), id=client_id)
+    world.quinn("UPDATE outreach_batch_items SET time_zones = NULL")
+    tick(world, mac_sync)
+    [(seconds,)] = world.icloud("SELECT extract(epoch FROM valid_until - now()) FROM icloud.send_queue")
+    assert 7 * 3600 < seconds <= 9 * 3600 - 120, "from between 12 and 13 o'clock until two minutes before 21"
+    world.icloud("UPDATE icloud.send_queue SET valid_until = now()")  # the hours pass, and no dispatcher runs
+    assert poll(base_url, "mini") == []
+    sync(world)
+    assert world.statuses(batch_id) == ["pending"]
 
 
 @pytest.mark.parametrize(

@@ -80,9 +80,9 @@ def being_enqueued(run: StepRun) -> None:
     """The dispatcher has looked for opt-outs, and has not asked the server yet."""
     run.draft()
     run.approve()
-    run.site.client.before = run.opt_out
+    run.site.client.before = run.opt_out_one
     run.site.dispatch()
-    run.site.client.before = lambda: None
+    run.site.client.before = lambda item_id: None
     run.finish()
     run.expect("skipped: opted out", rows=0, asked=True)
 

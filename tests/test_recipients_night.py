@@ -5,23 +5,18 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from helpers import ago, record_statements
+from helpers import ago, record_statements, zone_at
 from testing import TestData
 
 import db
 import dispatcher
+import pacing
 import quiet_times
 import recipient_zones
 import report
 
 INTERVAL = timedelta(seconds=30)
 Tick = Callable[[], dispatcher.JobCounts]
-
-
-def zone_at(hour: int) -> str:
-    """Return a zone without summer time where it is now between `hour` and an hour later."""
-    ahead = (hour - datetime.now(UTC).hour + 12) % 24 - 12
-    return f"Etc/GMT{-ahead:+}" if ahead else "UTC"
 
 
 @pytest.fixture
@@ -255,3 +250,26 @@ def test_zones_without_quiet_hours_of_the_recipient_are_not_looked_up(world: Tes
     assert db.query(world.databases.quinn, "SELECT count(*) FROM outreach_batch_items WHERE status = 'queued'") == [
         (1,)
     ]
+
+
+def test_known_client_whose_claim_is_given_up_at_night_stays_known(world: TestData, tick: Tick) -> None:
+    client_id = person(world, zone_at(2))
+    world.item(world.batch(status="sent"), client_id, status="sent", sent_at=ago(days=30))
+    batch_id = world.batch(clients=[client_id])
+    world.quinn("UPDATE outreach_batch_items SET claimed_at = now() WHERE batch_id = %(id)s", id=batch_id)
+    tick()
+    tick()
+    sql = "SELECT claimed_at, time_zones, new_contact FROM outreach_batch_items WHERE batch_id = %(id)s"
+    assert world.quinn(sql, id=batch_id) == [(None, [zone_at(2)], False)]
+
+
+def test_one_sleeping_batch_is_said_to_sleep_in_the_decision(world: TestData, tick: Tick) -> None:
+    world.batch(clients=[person(world, zone_at(2))])
+    tick()
+    quinn = world.databases.quinn
+    snapshot = pacing.read_snapshot(quinn)
+    assert snapshot
+    snapshot = pacing.read_groups(quinn, snapshot)
+    decision = pacing.decide(snapshot, pacing.batches(quinn, snapshot))
+    assert isinstance(decision, pacing.Hold)
+    assert decision.code == pacing.QUIET_FOR_RECIPIENTS

@@ -29,6 +29,7 @@ RULES = {
     "settings",
     "zones",
     "quiet_times",
+    "choosing",
     "contacts",
     "history",
     "snapshots",

@@ -21,14 +21,14 @@ from snapshots import PendingItem
 pytestmark = pytest.mark.faults
 YEARS = 4
 MINUTES = 365 * 1440
-TICK = 2  # minutes
+TICK = 5  # minutes
 MINUTE = timedelta(minutes=1)
 NAMES = sorted(name for name in zoneinfo.available_timezones() if zones.is_known(name))
 WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 
 class Year:
-    """A year of ticks, one every two minutes, over batches that are made again before they end."""
+    """A year of ticks, one every five minutes, over batches that are made again before they end."""
 
     def __init__(self, seed: int) -> None:
         self.rng = rng = random.Random(seed)  # noqa: S311  # a scenario, no secret
