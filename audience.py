@@ -1,8 +1,9 @@
 """Parse an audience (a JSON document), and compile it to a condition over the columns that `clients` has.
 
-Used by composing and by the dispatcher's last check; reads clients, contact_relationships, outreach_batches and
-outreach_batch_items, and writes nothing. The caller searches in a READ ONLY transaction with a statement time-out of
-5 seconds: a condition over a million clients may take seconds, but must not hold up the tables. Example:
+Used by composing and by the dispatcher's last check; reads clients, contact_relationships, outreach_batches,
+outreach_batch_items, outreach_imports and outreach_import_people, and writes nothing. The caller searches in a READ
+ONLY transaction with a statement time-out of 5 seconds: a condition over a million clients may take seconds, but must
+not hold up the tables. Example:
 
     fields = audience.read_fields(quinn)
     query = audience.parse({"v": 1, "where": {"field": "city", "eq": "Berlin"}}, fields)
@@ -73,6 +74,7 @@ OPERATORS: dict[Kind, tuple[str, ...]] = {
     "handle kind": ("eq", "ne", "in", "empty"),
     "handle prefix": ("eq", "ne", "in", "empty"),
     "batch": ("eq", "ne", "in"),
+    "import": ("eq", "ne", "in"),
 }
 LIST_OPERATORS = ("contains", "in", "empty")  # of a column that is an array
 ALL_OPERATORS = ("eq", "ne", *ORDER, "in", "contains", "empty", *DAYS)
@@ -90,6 +92,7 @@ SQL_NOT_BLANK = (
 )
 
 BATCH_ITEMS = "SELECT client_id, batch_id, status FROM outreach_batch_items"
+IMPORT_PEOPLE = "SELECT client_id, import_id FROM outreach_import_people"
 PUNCTUATION = "[ ().-]*"  # which people write inside numbers
 
 
@@ -227,7 +230,13 @@ def _whole(value: object, place: str, lowest: int, highest: int) -> int:
 
 def _described(column: Column) -> str:
     """Return what a field is, for a message."""
-    kinds = {"json": "JSON", "enum": "an enum", "other": "of a type that is compared as text", "batch": "a batch's id"}
+    kinds = {
+        "json": "JSON",
+        "enum": "an enum",
+        "other": "of a type that is compared as text",
+        "batch": "a batch's id",
+        "import": "an import's id",
+    }
     described = kinds.get(column.kind, f"a {column.kind}").replace("a integer", "a whole number")
     described = described.replace("timestamptz", "time").replace("timestamp", "time")
     return f"a list ({described})" if column.is_array else described
@@ -429,6 +438,9 @@ class _Compiler:
         if column.kind == "batch":
             rows, found = BATCH_ITEMS, self.batch(column, value)
             is_opposite = operator == "ne"
+        elif column.kind == "import":
+            rows, found = IMPORT_PEOPLE, self.is_imported(value)
+            is_opposite = operator == "ne"
         else:
             rows, found = column.source, self.outreach_value(column, operator, value)
             is_opposite = _matches_nothing(column, operator, value)
@@ -443,6 +455,11 @@ class _Compiler:
         return sql.SQL("found.status = {} AND found.batch_id = ANY ({}::text[]::uuid[])").format(
             sql.Literal(column.source), self.add(value if isinstance(value, list) else [value])
         )
+
+    def is_imported(self, value: Any) -> sql.Composable:
+        """Return whether a person was in one of the imported files."""
+        ids = value if isinstance(value, list) else [value]
+        return sql.SQL("found.import_id = ANY ({}::text[]::uuid[])").format(self.add(ids))
 
     def outreach_value(self, column: Column, operator: str, value: Any) -> sql.Composable:
         """Return whether a row of the field's source matches."""

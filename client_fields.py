@@ -1,6 +1,6 @@
 """Find out what an audience can ask for in this database, and check the values that it compares with.
 
-Used by audience.py; reads the catalogue, clients and outreach_batches. Example:
+Used by audience.py; reads the catalogue, clients, outreach_batches and outreach_imports. Example:
 
     names = client_fields.field_names(client_fields.read_fields(quinn))
 
@@ -25,7 +25,7 @@ MAX_KEYS = 1000  # of `attributes` that are looked for
 
 Kind = Literal[
     "text", "json", "integer", "number", "boolean", "date", "timestamp", "timestamptz", "uuid", "enum", "other",
-    "handle kind", "handle prefix", "batch",
+    "handle kind", "handle prefix", "batch", "import",
 ]  # fmt: skip
 ORDER = ("lt", "lte", "gt", "gte")  # operators that need an order of values
 
@@ -105,6 +105,7 @@ class Fields(NamedTuple):
     key_type: str  # the type of clients.id
     attribute_keys: frozenset[str] = frozenset()  # those that somebody has
     batch_ids: frozenset[str] = frozenset()
+    import_ids: frozenset[str] = frozenset()
 
     @property
     def has_attributes(self) -> bool:
@@ -119,6 +120,7 @@ OUTREACH_FIELDS: dict[str, Column] = {
     "batch.sent": Column("batch.sent", "batch", "uuid", source="sent"),
     "batch.failed": Column("batch.failed", "batch", "uuid", source="failed"),
     "batch.skipped": Column("batch.skipped", "batch", "uuid", source="skipped"),
+    "import.id": Column("import.id", "import", "uuid", source="import"),
     "last_sent": Column("last_sent", "timestamptz", "timestamp with time zone", source=SENT),
     "sent_count": Column("sent_count", "integer", "bigint", source=SENT_COUNT),
     "last_failed": Column("last_failed", "timestamptz", "timestamp with time zone", source=FAILED),
@@ -135,8 +137,13 @@ def read_fields(quinn: psycopg2.extensions.connection) -> Fields:
     """
     fields = read_columns(quinn)
     batches = db.query(quinn, "SELECT id::text FROM outreach_batches")
+    imports = db.query(quinn, "SELECT id::text FROM outreach_imports WHERE applied_at IS NOT NULL")
     keys = _read_attribute_keys(quinn) if fields.has_attributes else frozenset()
-    return fields._replace(attribute_keys=keys, batch_ids=frozenset(batch_id for (batch_id,) in batches))
+    return fields._replace(
+        attribute_keys=keys,
+        batch_ids=frozenset(batch_id for (batch_id,) in batches),
+        import_ids=frozenset(import_id for (import_id,) in imports),
+    )
 
 
 def field_names(fields: Fields) -> list[str]:
@@ -242,17 +249,18 @@ def check_value(value: object, column: Column, fields: Fields, operator: str, pl
         raise QueryError(f"{place} must be a finite number")
     if isinstance(value, str) and db.UNSTORABLE.search(value):
         raise QueryError(f"{place} contains a character that no text in the database can contain")
-    if column.kind == "batch":
-        return _check_batch(value, fields, place)
+    if column.kind in ("batch", "import"):
+        return _check_id(value, column.kind, fields, place)
     return CHECKS[column.kind](value, column, operator, place)
 
 
-def _check_batch(value: object, fields: Fields, place: str) -> str:
-    """Return the id of a batch that exists. With `ne` or `not`, any other id would mean everyone."""
-    batch_id = value.lower() if isinstance(value, str) else ""
-    if batch_id not in fields.batch_ids:
-        raise QueryError(f"{place}: there is no batch with the id {quoted(value)}")
-    return batch_id
+def _check_id(value: object, kind: str, fields: Fields, place: str) -> str:
+    """Return the id of a batch or an import that exists. With `ne` or `not`, any other id would mean everyone."""
+    known = fields.batch_ids if kind == "batch" else fields.import_ids
+    known_id = value.lower() if isinstance(value, str) else ""
+    if known_id not in known:
+        raise QueryError(f"{place}: there is no {kind} with the id {quoted(value)}")
+    return known_id
 
 
 def _check_text(value: Any, column: Column, operator: str, place: str) -> str | int | float | bool:

@@ -35,6 +35,7 @@ import history
 import pacing
 import quiet_times
 import recipients
+import repeats
 import report
 import templates
 import unusual
@@ -123,7 +124,9 @@ class Found(msgspec.Struct, rename="camel"):
 
 
 class DryRun(Found, rename="camel"):
-    """The result of a draft that is not written. `new_contacts`: people who were never written to before."""
+    """The result of a draft that is not written. `new_contacts`: people who were never written to before. `repeats`:
+    earlier batches with the same text that reached some of these people.
+    """
 
     digest: str
     previews: list[Preview]
@@ -131,6 +134,7 @@ class DryRun(Found, rename="camel"):
     warnings: list[str]
     new_contacts: int
     forecast: Forecast | None
+    repeats: list[repeats.Repeat]
 
 
 class Draft(DryRun, rename="camel"):
@@ -221,6 +225,7 @@ class Collector:
         self.items = 0
         self.groups: collections.Counter[Group] = collections.Counter()
         self.elsewhere = 0  # people whose clocks differ from the sender's
+        self.repeats: list[repeats.Repeat] = []
         self.digest = hashlib.sha256()
         self.counts: dict[str, int] = {}
         self.samples: dict[str, list[Person]] = {}
@@ -280,6 +285,7 @@ class Collector:
             warnings=self.warnings(),
             new_contacts=self.new_contacts,
             forecast=None,
+            repeats=self.repeats,
         )
 
     def warnings(self) -> list[str]:
@@ -366,8 +372,14 @@ def people_left_out(
     return Page(people, None)
 
 
-def dry_run(quinn: Connection, icloud: Connection, request: Request, interval: timedelta) -> DryRun:
-    """Return what a draft would be; write nothing."""
+def dry_run(
+    quinn: Connection, icloud: Connection, request: Request, interval: timedelta, matched: int | None = None
+) -> DryRun:
+    """Return what a draft would be; write nothing.
+
+    `matched`: how many people the audience has if `request` asks for the first ones only. The forecast is then one for
+    all, as if the others were like them.
+    """
     if not request.template:
         raise Refused(400, NO_TEMPLATE)
     with refusals(), transaction(quinn, is_read_only=True):
@@ -375,12 +387,13 @@ def dry_run(quinn: Connection, icloud: Connection, request: Request, interval: t
     result = collector.dry_run()
     read = report.read_databases()
     if read.outreach and read.outreach.snapshot and result.items:
+        share = (matched or result.matched) / result.matched
+        groups = {group: round(count * share) for group, count in collector.groups.items()}
         result.forecast = _as_forecast(
             forecast.forecast_new_batch(
-                read.outreach, read.queue, interval, collector.groups,
-                request.send_from, request.send_until, request.first_n,
+                read.outreach, read.queue, interval, groups, request.send_from, request.send_until, request.first_n
             )
-        )  # fmt: skip
+        )
     return result
 
 
@@ -407,6 +420,9 @@ def _collect(
     """Walk through the people; give `write` the messages of each chunk; return what is shown of them."""
     template = _parse_template(request, selection)
     collector = Collector(template.variables)
+    # The stored draft was made without itself; the same must hold for a dry run of the same request.
+    batch_id = str(request.id) if request.id else None
+    earlier = repeats.Repeats(quinn, request.template or "", request.vars, batch_id)
     chunk: list[Message] = []
     snapshot = pacing.read_snapshot(quinn)
 
@@ -417,6 +433,7 @@ def _collect(
         collector.groups.update(map(Group, (message.time_zones for message in chunk), is_new))
         if snapshot:
             collector.elsewhere += sum(_is_in_another_night(snapshot, message) for message in chunk)
+        earlier.add(keys)
         if write:
             write(chunk, is_new)
         chunk.clear()
@@ -429,6 +446,7 @@ def _collect(
                 end_chunk()
     if chunk:
         end_chunk()
+    collector.repeats = earlier.found()
     return collector
 
 
@@ -437,6 +455,15 @@ def _is_in_another_night(snapshot: pacing.Snapshot, message: Message) -> bool:
     times = snapshot.settings.quiet_times
     has_quiet_times = times.start != times.end or times.days != quiet_times.QuietDays()
     return times.of == "sender" and has_quiet_times and times.is_elsewhere(message.time_zones, snapshot.now)
+
+
+def forecast_written(batch_id: str, interval: timedelta) -> Forecast | None:
+    """Return when the messages of a batch would go if it was approved now; None if a database cannot be read."""
+    read = report.read_databases(batch_id)
+    counts = read.outreach.counts.get(batch_id) if read.outreach else None
+    if read.outreach is None or read.outreach.snapshot is None or counts is None or not counts.pending:
+        return None
+    return _as_forecast(forecast.forecast_batch(read.outreach, read.queue, interval, batch_id))
 
 
 def _as_forecast(found: forecast.BatchForecast) -> Forecast:
@@ -555,15 +582,22 @@ def _is_written(quinn: Connection, values: db.Params) -> bool:
     return bool(rows)
 
 
+def is_same_request(quinn: Connection, request: Request) -> bool:
+    """Return whether the batch with the request's id was made by the same request."""
+    with refusals():
+        query = recipients.read_selection(quinn, request.query).query
+    with contextlib.suppress(Refused):
+        return _is_written(quinn, _stored_values(request, query))
+    return False
+
+
 def _read_draft(quinn: Connection, request: Request, interval: timedelta) -> Draft:
     """Return the stored draft as it was shown, with a forecast of now."""
     sql = "SELECT status, preview FROM outreach_batches WHERE id = %(id)s"
     [(status, preview)] = db.query(quinn, sql, {"id": str(request.id)})
-    shown = msgspec.convert({**(preview or {}), "id": str(request.id), "status": status}, Draft)
-    read = report.read_databases(shown.id)
-    counts = read.outreach.counts.get(shown.id) if read.outreach else None
-    if read.outreach and read.outreach.snapshot and counts and counts.pending:
-        shown.forecast = _as_forecast(forecast.forecast_batch(read.outreach, read.queue, interval, shown.id))
+    # A draft of an earlier version has no `repeats`.
+    shown = msgspec.convert({"repeats": [], **(preview or {}), "id": str(request.id), "status": status}, Draft)
+    shown.forecast = forecast_written(shown.id, interval)
     return shown
 
 
@@ -596,7 +630,7 @@ def show(quinn: Connection, batch_id: str) -> BatchDetail:
         **values,
         counts=_read_counts(quinn, [batch_id]).get(batch_id, Counts()),
         check_first=batches.check_first(values["pause_reason"]) if values["status"] == "paused" else None,
-        draft=msgspec.convert(preview, DryRun) if preview else None,
+        draft=msgspec.convert({"repeats": [], **preview}, DryRun) if preview else None,
     )
 
 
@@ -657,10 +691,11 @@ def _read_counts(quinn: Connection, batch_ids: list[str]) -> dict[str, Counts]:
 # --- a test message, and the approval -----------------------------------------------------------------
 
 
-def send_test(quinn: Connection, icloud: Connection, batch_id: str, to: str) -> str:
+def send_test(quinn: Connection, icloud: Connection, batch_id: str, to: str, once: uuid.UUID | None = None) -> str:
     """Queue the first person's text for the owner's own handle, valid for 10 minutes; return its queue id.
 
-    It belongs to no item, and no limit or pause holds it: the row has no drafted_at, so the dispatcher leaves it alone.
+    `once`: the id of this click; a second call with it queues nothing. The message belongs to no item, and no limit
+    or pause holds it: the row has no drafted_at, so the dispatcher leaves it alone.
     """
     first = """
         SELECT rendered_body
@@ -671,9 +706,12 @@ def send_test(quinn: Connection, icloud: Connection, batch_id: str, to: str) -> 
     """
     insert = """
         INSERT INTO icloud.send_queue (device_id, to_handle, body, batch_item_id, handle_key, valid_until)
-        VALUES (%(device_id)s, %(to)s, %(body)s, gen_random_uuid(), %(key)s, now() + %(validity)s::interval)
+        VALUES (%(device_id)s, %(to)s, %(body)s, COALESCE(%(once)s::uuid, gen_random_uuid()), %(key)s,
+                now() + %(validity)s::interval)
+            ON CONFLICT (batch_item_id) WHERE status <> 'failed' DO NOTHING
         RETURNING id
     """
+    queued = "SELECT id FROM icloud.send_queue WHERE batch_item_id = %(once)s AND status <> 'failed'"
     handle = handles.to_send(to) if handles.is_handle(to) else None
     if handle is None:
         raise Refused(400, f"{to!r} is no handle that can be read: {handles.UNREADABLE_REMEDY}")
@@ -690,9 +728,11 @@ def send_test(quinn: Connection, icloud: Connection, batch_id: str, to: str) -> 
     choices = [device.id for device in pacing.living(known, snapshot.now)]
     device_id = snapshot.settings.device_id if snapshot.settings.device_id in choices else choices[0]
     parameters = {
-        "device_id": device_id, "to": handle, "body": rows[0][0], "key": handles.key(handle), "validity": TEST_VALIDITY,
+        "device_id": device_id, "to": handle, "body": rows[0][0], "key": handles.key(handle),
+        "validity": TEST_VALIDITY, "once": str(once) if once else None,
     }  # fmt: skip
-    return str(db.query(icloud, insert, parameters)[0][0])
+    rows = db.query(icloud, insert, parameters) or db.query(icloud, queued, parameters)
+    return str(rows[0][0])
 
 
 def send(quinn: Connection, batch_id: str, digest: str, recipients: int, first_n: int | None = None) -> Sent:

@@ -78,8 +78,19 @@ class Example(msgspec.Struct, rename="camel"):
 
 
 class BadLine(msgspec.Struct, rename="camel"):
+    """A line that is left out. `column`: the header of the cell that is wrong; None if it is the whole line."""
+
     line: int
     reason: str
+    column: str | None = None
+
+
+class CellProblem(ValueError):
+    """A cell that cannot be read. The message names it, and says why."""
+
+    def __init__(self, message: str, header: str) -> None:
+        super().__init__(message)
+        self.header = header
 
 
 class Reading(msgspec.Struct, rename="camel"):
@@ -139,7 +150,7 @@ class _Staging:
 
     def add(self, line: spreadsheet.Line) -> None:
         """Read one line; keep it, or the reason why it is bad."""
-        problem = line.problem
+        problem, bad_column = line.problem, None
         name = ""
         values: dict[str, str] = {}
         attributes: dict[str, str] = {}
@@ -149,11 +160,12 @@ class _Staging:
                 addresses = self._read_handles(line.fields)
             except ValueError as error:
                 problem = str(error)
+                bad_column = error.header if isinstance(error, CellProblem) else None
         if not problem:
             self.nameless += not name
             for position, handle in enumerate(addresses):
                 self.handle_rows.append((line.number, position, handle.key, handle.address, *suffix(handle)))
-        self.line_rows.append((line.number, name, _json(values), _json(attributes), problem or ""))
+        self.line_rows.append((line.number, name, _json(values), _json(attributes), problem or "", bad_column or ""))
         if len(self.line_rows) >= CHUNK:
             self.flush()
 
@@ -169,7 +181,8 @@ class _Staging:
             if each.part:
                 text = parts[each.part] = " ".join(text.split())
             if each.part == "zone" and text not in _zones():
-                raise ValueError(f"{each.header} {text!r} is not a time zone: write one such as Europe/Berlin")
+                message = f"{each.header} {text!r} is not a time zone: write one such as Europe/Berlin"
+                raise CellProblem(message, each.header)
             if each.column:
                 is_date = DATES.fullmatch(self.clients.type_of(each.column))
                 values[each.column] = iso_date(each.header, text) if is_date else text
@@ -190,7 +203,7 @@ class _Staging:
                 handle = spreadsheet.read_handle(cell)
             except ValueError as error:
                 self.unreadable += 1
-                raise ValueError(f"{each.header} {cell[:40]!r}: {error}") from None
+                raise CellProblem(f"{each.header} {cell[:40]!r}: {error}", each.header) from None
             self.countries[handle.country or "e-mail address"] += 1
             self.repairs[handle.repair or ""] += 1
             found.setdefault(handle.key, handle)
@@ -199,7 +212,7 @@ class _Staging:
         return list(found.values())
 
     def flush(self) -> None:
-        _copy(self.quinn, "import_line (line, name, columns, attributes, problem)", self.line_rows)
+        _copy(self.quinn, "import_line (line, name, columns, attributes, problem, bad_column)", self.line_rows)
         _copy(self.quinn, "import_handle (line, position, key, handle, digits, suffix)", self.handle_rows)
         self.line_rows, self.handle_rows = [], []
 
@@ -217,7 +230,7 @@ def iso_date(header: str, text: str) -> str:
         day, month, year, rest = dotted.groups()
         return f"{year}-{int(month):02}-{int(day):02}{rest}"
     if not ISO_DATE.fullmatch(text):
-        raise ValueError(f"{header} {text[:40]!r} is not a date that has one meaning only: write 2025-12-31")
+        raise CellProblem(f"{header} {text[:40]!r} is not a date that has one meaning only: write 2025-12-31", header)
     return text
 
 
@@ -257,9 +270,9 @@ def _make_tables(quinn: Connection, clients: Clients) -> None:
     statement = """
         DROP TABLE IF EXISTS pg_temp.import_line, pg_temp.import_handle, pg_temp.import_known,
                              pg_temp.import_person, pg_temp.import_opt_out;
-        -- `problem` is empty for a good line.
+        -- `problem` is empty for a good line. `bad_column` is the header of the cell that it is about, or empty.
         CREATE TEMP TABLE import_line (
-            line INTEGER PRIMARY KEY, name TEXT, columns JSONB, attributes JSONB, problem TEXT
+            line INTEGER PRIMARY KEY, name TEXT, columns JSONB, attributes JSONB, problem TEXT, bad_column TEXT
         );
         -- `position` 0 is the handle that decides whose line it is.
         CREATE TEMP TABLE import_handle (
@@ -317,7 +330,7 @@ def _check_types(quinn: Connection, clients: Clients, places: Sequence[Place]) -
     """)
     check = """
         UPDATE import_line
-           SET problem = %(header)s || ': ' || found.problem
+           SET problem = %(header)s || ': ' || found.problem, bad_column = %(header)s
           FROM (SELECT line, pg_temp.import_problem(columns ->> %(column)s) AS problem
                   FROM import_line
                  WHERE problem = '' AND columns ? %(column)s
@@ -675,9 +688,9 @@ def _examples(quinn: Connection, names: Sequence[str]) -> list[Example]:
 def bad_lines(quinn: Connection, after: int = 0, limit: int | None = None) -> list[BadLine]:
     """Return the bad lines of the plan that this connection has made last, in the file's order."""
     statement = """
-        SELECT line, problem FROM import_line WHERE problem <> '' AND line > %(after)s
+        SELECT line, problem, NULLIF(bad_column, '') FROM import_line WHERE problem <> '' AND line > %(after)s
          UNION ALL
-        SELECT line, problem FROM import_person WHERE problem <> '' AND line > %(after)s
+        SELECT line, problem, NULL FROM import_person WHERE problem <> '' AND line > %(after)s
          ORDER BY line
          LIMIT %(limit)s
     """
@@ -718,10 +731,11 @@ def _digest(quinn: Connection) -> str:
 # --- applying it --------------------------------------------------------------------------------------
 
 
-def apply(quinn: Connection, job: Job, strict: bool = False) -> Applied:
+def apply(quinn: Connection, job: Job, strict: bool = False, import_id: str | None = None) -> Applied:
     """Do what the plan says, in one transaction. Raises ImportRefused if it would now be anything else.
 
-    `strict`: refuse the whole file if one of its lines is bad. Call it with the connection of `plan`.
+    `strict`: refuse the whole file if one of its lines is bad. `import_id`: the upload whose people these are. Call it
+    with the connection of `plan`.
     """
     found = job.plan
     if strict and found.bad:
@@ -734,6 +748,8 @@ def apply(quinn: Connection, job: Job, strict: bool = False) -> Applied:
             if _digest(quinn) != found.digest:
                 raise ImportRefused(CHANGED, 409)
             _write(quinn, job)
+            if import_id:
+                _keep_people(quinn, job, import_id)
     except (psycopg2.extensions.TransactionRollbackError, psycopg2.errors.LockNotAvailable):
         raise ImportRefused(CHANGED, 409) from None
     except (psycopg2.IntegrityError, psycopg2.DataError) as error:
@@ -779,6 +795,23 @@ def _write(quinn: Connection, job: Job) -> None:
     if update := _update(job):
         db.query(quinn, update.as_string(quinn))
     db.query(quinn, contacts)
+
+
+def _keep_people(quinn: Connection, job: Job, import_id: str) -> None:
+    """Keep who was in the file, and erase its content. Raises ImportRefused if another request has done so."""
+    finish = """
+        UPDATE outreach_imports
+           SET applied_at = now(), content = NULL, people = %(people)s
+         WHERE id = %(id)s AND applied_at IS NULL
+        RETURNING id
+    """
+    insert = """
+        INSERT INTO outreach_import_people (import_id, client_id)
+        SELECT DISTINCT %(id)s::uuid, client_id FROM import_person WHERE problem = '' AND client_id IS NOT NULL
+    """
+    if not db.query(quinn, finish, {"id": import_id, "people": job.plan.people}):
+        raise ImportRefused("this file has been imported already", 409)
+    db.query(quinn, insert, {"id": import_id})
 
 
 def _insert(job: Job) -> sql.Composable:

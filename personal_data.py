@@ -225,6 +225,7 @@ def forget(quinn: Connection, icloud: Connection, handle: str) -> Forgotten:
     item_ids, in_flight = _erase_items_of(quinn, person)
     rows = _erase_rows(icloud, _rows_of(quinn, icloud, person, item_ids))
     batches, unfinished = _erase_mentions(quinn, person)
+    _erase_from_page(quinn, person)
     is_deleted = not in_flight and not unfinished and _delete_clients(quinn, person.client_ids)
     erased = Erased(len(item_ids), rows, batches)
     logger.info(
@@ -315,6 +316,20 @@ def _erase_mentions(quinn: Connection, person: Person) -> tuple[int, list[str]]:
     return erased, unfinished
 
 
+def _erase_from_page(quinn: Connection, person: Person) -> None:
+    """Erase who was in an imported file, what the owner is composing about the person, and files not yet imported."""
+    people = "DELETE FROM outreach_import_people WHERE client_id::text = ANY (%(ids)s)"
+    composing = """
+        DELETE FROM outreach_compositions
+         WHERE EXISTS (SELECT FROM unnest(%(words)s::text[]) AS word
+                        WHERE strpos(regexp_replace(lower(form::text), '[ ().-]', '', 'g'),
+                                     regexp_replace(word, '[ ().-]', '', 'g')) > 0)
+    """
+    db.query(quinn, people, {"ids": person.client_ids})
+    db.query(quinn, composing, {"words": _words(person)})
+    db.query(quinn, "DELETE FROM outreach_imports WHERE applied_at IS NULL")
+
+
 def _batches_naming(quinn: Connection, person: Person) -> list[db.Row]:
     """Return id, status, query, vars and preview of the batches that name a person. SQL finds the candidates."""
     sql = """
@@ -325,9 +340,13 @@ def _batches_naming(quinn: Connection, person: Person) -> list[db.Row]:
                                      regexp_replace(word, '[ ().-]', '', 'g')) > 0)
          ORDER BY created_at, id
     """
-    tails = [key if "@" in key else key[-contacts.TAIL :] for key in person.keys]
-    rows = db.query(quinn, sql, {"words": [*person.client_ids, *tails]})
+    rows = db.query(quinn, sql, {"words": _words(person)})
     return [row for row in rows if _names(list(row[2:]), person)]
+
+
+def _words(person: Person) -> list[str]:
+    """Return what a text that names the person contains: an id, an e-mail address, the last digits of a number."""
+    return [*person.client_ids, *(key if "@" in key else key[-contacts.TAIL :] for key in person.keys)]
 
 
 def _names(node: Any, person: Person) -> bool:
@@ -385,7 +404,8 @@ def show_person(quinn: Connection, icloud: Connection, handle: str) -> dict[str,
     """Return all that is stored about everybody who has a handle, as values for JSON; times in UTC.
 
     `clients`: their rows, handles and time zones. `optOuts`: their record. `messages`: what was written to them, or
-    will be. `queue`: the rows of the queue. `batches`: the batches whose query, vars or preview name them.
+    will be. `queue`: the rows of the queue. `batches`: the batches whose query, vars or preview name them. `imports`:
+    the files that were imported on the page and had them.
     """
     clients = "SELECT to_jsonb(client) FROM clients AS client WHERE id::text = ANY (%(ids)s) ORDER BY id::text"
     person = find(quinn, handle)
@@ -402,7 +422,19 @@ def show_person(quinn: Connection, icloud: Connection, handle: str) -> dict[str,
         "messages": _messages_of(quinn, person),
         "queue": _queue_of(icloud, person),
         "batches": [{"id": batch_id, "status": status} for batch_id, status, *_ in _batches_naming(quinn, person)],
+        "imports": _imports_of(quinn, person),
     }
+
+
+def _imports_of(quinn: Connection, person: Person) -> list[dict[str, Any]]:
+    sql = """
+        SELECT DISTINCT jsonb_build_object('file', file, 'applied_at', applied_at)
+          FROM outreach_import_people
+          JOIN outreach_imports ON id = import_id
+         WHERE client_id::text = ANY (%(ids)s)
+         ORDER BY 1
+    """
+    return [row for (row,) in db.query(quinn, sql, {"ids": person.client_ids})]
 
 
 def _messages_of(quinn: Connection, person: Person) -> list[dict[str, Any]]:
@@ -438,7 +470,7 @@ def _opt_outs_of(icloud: Connection, person: Person) -> list[dict[str, Any]]:
 def as_text(shown: dict[str, Any]) -> str:
     """Return show_person()'s answer as text: a heading for each part, and a line for each value that is not empty."""
     parts = [f"What is stored about {shown['handle']}"]
-    for name in ("clients", "optOuts", "messages", "queue", "batches"):
+    for name in ("clients", "optOuts", "messages", "queue", "batches", "imports"):
         entries = ["\n".join(_lines(entry)) for entry in shown[name]]
         parts.append(f"{name}: {len(entries)}" + "".join(f"\n{entry}" for entry in entries))
     return "\n\n".join(parts) + "\n"

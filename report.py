@@ -410,6 +410,12 @@ class LocalTimeFormatter:
         days = (local.date() - today.date()).days
         return f"{local:%H:%M}" if days == 0 else f"{local:%a %H:%M}" if 0 < days < 7 else f"{local:%Y-%m-%d %H:%M}"
 
+    def day(self, moment: datetime) -> str:
+        """Return the day of a past instant in a sentence: `today at 14:32`, `on Tuesday`, `on 2026-01-31`."""
+        local, today = moment.astimezone(self.zone), self.now.astimezone(self.zone)
+        days = (today.date() - local.date()).days
+        return f"today at {local:%H:%M}" if days == 0 else f"on {local:%A}" if 0 < days < 7 else f"on {local:%Y-%m-%d}"
+
 
 # By the beginning of a hold's code: what a person does about it.
 ADVICE = {

@@ -5,7 +5,7 @@
 --   icloud   devices (the Macs that send), send_queue (the messages for them) and opt_outs.
 --            Only send_queue_server.py gives rows to devices. The dispatcher reads results, and withdraws rows
 --            that no device has collected.
---   quinn    the platform's clients, and outreach: batches, their items, the settings of sending.
+--   quinn    the platform's clients, and outreach: batches, their items, the settings of sending, the owner's sessions.
 --            Only dispatcher.py changes the status of items.
 --
 -- Apply this file with `python db.py migrate`, which applies each part to its database and prints what it made. If one
@@ -418,6 +418,45 @@ ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS last_dispatched_at TIMEST
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS last_synced_at TIMESTAMPTZ;
 ALTER TABLE outreach_settings ADD COLUMN IF NOT EXISTS last_tick_at TIMESTAMPTZ;
 
+-- What the owner is composing on the page: the fields of the form as they were typed, by their names. `version` counts the
+-- saves, so that a second browser tab does not overwrite what the first one wrote. `batch_id` is the draft that was made
+-- of it last. A row is deleted 30 days after its last save.
+CREATE TABLE IF NOT EXISTS outreach_compositions (
+    id         UUID PRIMARY KEY,
+    form       JSONB NOT NULL,
+    version    INTEGER NOT NULL DEFAULT 1,
+    batch_id   UUID NOT NULL DEFAULT gen_random_uuid(),
+    created_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+    updated_at TIMESTAMPTZ NOT NULL DEFAULT now()
+);
+
+-- A CSV file that the owner has uploaded. Its content is kept from the upload until it is imported, for at most a day.
+-- `options`: which column is what, and the encoding. `people`: how many of its lines are not bad.
+CREATE TABLE IF NOT EXISTS outreach_imports (
+    id           UUID PRIMARY KEY DEFAULT gen_random_uuid(),
+    file         TEXT NOT NULL,
+    content_hash TEXT NOT NULL,
+    content      BYTEA,
+    options      JSONB NOT NULL DEFAULT '{}',
+    people       INTEGER,
+    created_at   TIMESTAMPTZ NOT NULL DEFAULT now(),
+    applied_at   TIMESTAMPTZ,
+    CONSTRAINT outreach_imports_content_is_kept_until_applied CHECK ((content IS NULL) = (applied_at IS NOT NULL))
+);
+-- The clients of an imported file, for an audience that asks for them. No foreign key to clients: see the items.
+CREATE TABLE IF NOT EXISTS outreach_import_people (
+    import_id UUID NOT NULL REFERENCES outreach_imports (id) ON DELETE CASCADE,
+    client_id UUID NOT NULL,
+    PRIMARY KEY (import_id, client_id)
+);
+
+-- The browsers in which the owner is logged in. `token_hash` is no password: sessions.py says of what it is a hash.
+CREATE TABLE IF NOT EXISTS outreach_sessions (
+    token_hash   TEXT PRIMARY KEY,
+    created_at   TIMESTAMPTZ NOT NULL DEFAULT now(),
+    last_used_at TIMESTAMPTZ NOT NULL DEFAULT now()
+);
+
 -- If the platform's clients.id is not a UUID, give `client_id` the same type in the tables made above. They are empty.
 DO $$
 DECLARE
@@ -425,7 +464,7 @@ DECLARE
                        WHERE attrelid = 'clients'::regclass AND attname = 'id');
     made     TEXT;
 BEGIN
-    FOREACH made IN ARRAY ARRAY['outreach_batch_items', 'contact_relationships'] LOOP
+    FOREACH made IN ARRAY ARRAY['outreach_batch_items', 'contact_relationships', 'outreach_import_people'] LOOP
         IF (SELECT format_type(atttypid, atttypmod) FROM pg_attribute
              WHERE attrelid = made::regclass AND attname = 'client_id') = 'uuid' AND key_type <> 'uuid' THEN
             EXECUTE format('ALTER TABLE %I ALTER COLUMN client_id TYPE %s USING client_id::text::%s',
@@ -493,6 +532,12 @@ CREATE INDEX IF NOT EXISTS outreach_batch_items_to_erase
     ON outreach_batch_items (updated_at) WHERE status IN ('sent', 'failed', 'skipped') AND erased_at IS NULL;
 CREATE INDEX IF NOT EXISTS outreach_batches_to_erase
     ON outreach_batches (updated_at) WHERE status IN ('sent', 'cancelled') AND erased_at IS NULL;
+-- Whether a client was in a file, and what to delete with a client.
+CREATE INDEX IF NOT EXISTS outreach_import_people_of_client ON outreach_import_people (client_id);
+-- Whether the same file was imported before.
+CREATE INDEX IF NOT EXISTS outreach_imports_content ON outreach_imports (content_hash);
+-- The batches with the same text. A text may be longer than an entry of an index.
+CREATE INDEX IF NOT EXISTS outreach_batches_template ON outreach_batches (md5(template));
 -- All items of a batch, for its counts and for a cascading delete.
 CREATE INDEX IF NOT EXISTS outreach_batch_items_of_batch ON outreach_batch_items (batch_id);
 

@@ -29,7 +29,7 @@ def import_plan(plan: importing.Plan, bad_lines: Sequence[importing.BadLine]) ->
     parts: list[RenderableType] = [f"{plan.file} ({plan.encoding}, {delimiter})", "", _columns_table(plan), ""]
     parts += [_counts_table(plan), ""]
     if plan.read_as:
-        parts.append(f"Handles: {_read_as(plan)}.")
+        parts.append(f"Handles: {read_as(plan)}.")
     parts += [f"Check: {note}." for note in plan.notes]
     if plan.opted_out:
         parts.append(f"{people(plan.opted_out)} of the file opted out. They stay opted out and get no message.")
@@ -62,7 +62,7 @@ def _counts_table(plan: importing.Plan) -> Table:
     return made
 
 
-def _read_as(plan: importing.Plan) -> str:
+def read_as(plan: importing.Plan) -> str:
     """Return how the handles were read: `197 as Germany, 3 as Austria, 2 not readable`."""
     phrases = [
         count(reading.count, reading.country, f"{reading.country}es")
@@ -119,6 +119,15 @@ def audience(found: Data) -> list[RenderableType]:
     return parts
 
 
+def _repeats(found: Data, at: At) -> list[str]:
+    """Return which earlier batches said the same to some of these people."""
+    return [
+        f"You sent this text before, to {each['people']:,} of these {people(found['items'])}: "
+        f"{one_line(each.get('name') or each['batchId'])}, {at(datetime.fromisoformat(each['sentAt']))}."
+        for each in found.get("repeats", [])
+    ]
+
+
 def left_out(reason: str, page: Sequence[Data]) -> list[RenderableType]:
     """Return the people who are left out for one reason."""
     made = table("client", "name", "handle", "detail", title=f"Left out: {_reason(reason)}")
@@ -140,8 +149,9 @@ def draft(found: Data, at: At) -> list[RenderableType]:
             values = (each.get(key) for key in ("variable", "value", "why", "clientId"))
             made.add_row(*(Text(one_line("" if value is None else value)) for value in values))
         parts += ["", made]
-    parts += [""] if found.get("warnings") else []
-    parts += [Text(f"Warning: {printable(str(warning))}", style="yellow") for warning in found.get("warnings") or ()]
+    warnings = [*_repeats(found, at), *(found.get("warnings") or ())]
+    parts += [""] if warnings else []
+    parts += [Text(f"Warning: {printable(str(warning))}", style="yellow") for warning in warnings]
     if forecast := found.get("forecast"):
         parts += ["", _forecast(forecast, at)]
     return parts

@@ -11,7 +11,7 @@ import importlib.resources
 import io
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 import phonenumbers
@@ -52,6 +52,7 @@ class Line(NamedTuple):
     number: int
     fields: list[str]
     problem: str | None = None
+    cells: Sequence[str] = ()  # what was read of it, also if there is a problem
 
 
 class Sheet:
@@ -127,7 +128,7 @@ class Sheet:
                 problem = "open"
             if problem == "open":
                 problem = "a quote is opened and not closed"
-            yield Line(first[0], [] if problem else fields, problem)
+            yield Line(first[0], [] if problem else fields, problem, fields)
 
     def _parse(self, lines: list[tuple[int, str]]) -> tuple[list[str], str | None]:
         """Return the fields of one record, or a problem: `open` if a quote is not closed in these lines."""

@@ -28,6 +28,8 @@ ODD = '100% "odd"; DROP TABLE clients; --'
 OUTREACH_TABLES = """
     CREATE TEMP TABLE contact_relationships (client_id {key}, handle TEXT, is_primary BOOLEAN);
     CREATE TEMP TABLE outreach_batches (id UUID);
+    CREATE TEMP TABLE outreach_imports (id UUID, applied_at TIMESTAMPTZ);
+    CREATE TEMP TABLE outreach_import_people (import_id UUID, client_id {key});
     CREATE TEMP TABLE outreach_batch_items (
         batch_id UUID, client_id {key}, status TEXT, sent_at TIMESTAMPTZ, updated_at TIMESTAMPTZ
     )
@@ -66,6 +68,10 @@ EVERY_TYPE = """
         (2, ' Bob@Example.com', true), (2, ' +49', false), (4, NULL, true), (4, 'a@b.org', false);
     INSERT INTO outreach_batches VALUES ('00000000-0000-4000-8000-00000000000a'),
         ('00000000-0000-4000-8000-00000000000b');
+    INSERT INTO outreach_imports VALUES ('00000000-0000-4000-8000-00000000000a', now()),
+        ('00000000-0000-4000-8000-00000000000b', NULL);
+    INSERT INTO outreach_import_people VALUES ('00000000-0000-4000-8000-00000000000a', 1),
+        ('00000000-0000-4000-8000-00000000000a', 3);
     INSERT INTO outreach_batch_items VALUES
         ('00000000-0000-4000-8000-00000000000a', 1, 'sent', now() - interval '10 days', now()),
         ('00000000-0000-4000-8000-00000000000b', 1, 'sent', now() - interval '50 days', now()),
@@ -262,6 +268,9 @@ WHO: list[tuple[str, str, object, str]] = [
     ("handle.prefix", "eq", "bob@example.com", "2"),
     ("handle.prefix", "eq", "bob@examplexcom", ""),
     ("handle.prefix", "empty", False, "12"),
+    ("import.id", "eq", BATCH, "13"),
+    ("import.id", "ne", BATCH, "24"),
+    ("import.id", "in", [BATCH], "13"),
     ("batch.sent", "eq", BATCH, "1"),
     ("batch.sent", "eq", BATCH.upper(), "1"),
     ("batch.sent", "ne", BATCH, "234"),
@@ -650,6 +659,7 @@ VALUES: list[tuple[str, str, object, str]] = [
     ("handle.prefix", "eq", "(", "must be the beginning of a number"),
     ("batch.sent", "eq", "x", 'there is no batch with the id "x"'),
     ("batch.sent", "ne", REF, "there is no batch with the id"),
+    ("import.id", "ne", OTHER_BATCH, "there is no import with the id"),  # its file is not imported yet
     ("batch.sent", "empty", True, '"empty" cannot be used'),
 ]
 

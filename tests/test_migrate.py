@@ -25,7 +25,10 @@ TABLES = (
 )
 
 
-QUINN_TABLES = "clients contact_relationships outreach_batch_items outreach_batches outreach_settings"
+QUINN_TABLES = (
+    "clients contact_relationships outreach_batch_items outreach_batches outreach_compositions outreach_import_people "
+    "outreach_imports outreach_sessions outreach_settings"
+)
 ICLOUD_TABLES = "devices opt_outs send_queue"
 ALL_TABLES = " ".join(sorted(f"{QUINN_TABLES} {ICLOUD_TABLES}".split()))
 
@@ -106,7 +109,9 @@ def test_migrate_adds_only_missing_columns(empty_database: str, capsys: pytest.C
     said = capsys.readouterr().out
     for made in ("send_queue.batch_item_id", "devices.last_seen_at", "outreach_batch_items.claimed_at"):
         assert f"made column {made}\n" in said
-    assert [line for line in said.splitlines() if "made table" in line] == ["icloud: made table opt_outs"]
+    made_tables = [line for line in said.splitlines() if "made table" in line]
+    new = ("compositions", "import_people", "imports", "sessions")
+    assert made_tables == ["icloud: made table opt_outs", *(f"quinn: made table outreach_{name}" for name in new)]
     assert run_sql(empty_database, "SELECT body, status, batch_item_id FROM icloud.send_queue") == [
         ("Old", "queued", None)
     ]

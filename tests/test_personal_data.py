@@ -482,7 +482,8 @@ def test_person_is_shown_with_everything_that_is_stored(
 def test_unknown_person_is_shown_as_nothing(world: TestData) -> None:
     shown = show(world, "nobody@example.com")
     assert personal_data.as_text(shown) == (
-        "What is stored about nobody@example.com\n\nclients: 0\n\noptOuts: 0\n\nmessages: 0\n\nqueue: 0\n\nbatches: 0\n"
+        "What is stored about nobody@example.com\n\nclients: 0\n\noptOuts: 0\n\nmessages: 0\n\nqueue: 0\n\n"
+        "batches: 0\n\nimports: 0\n"
     )
 
 

@@ -9,6 +9,7 @@ SCRIPTS = {"send_queue_server", "outreach_server", "dispatcher", "outreach", "st
 RULES = {
     "pacing",
     "forecast",
+    "repeats",
     "report",
     "batches",
     "handles",
@@ -23,8 +24,10 @@ RULES = {
     "metrics",
     "spreadsheet",
     "audience",
+    "audience_rows",
     "client_fields",
     "composing",
+    "compositions",
     "recipients",
     "settings",
     "zones",
@@ -36,7 +39,12 @@ RULES = {
     "recipient_groups",
     "recipient_zones",
     "opt_outs",
+    "pausing",
+    "previews",
+    "people",
+    "setting_fields",
     "personal_data",
+    "uploads",
 }
 FOUNDATION = {"serving", "db", "runtime"}
 OURS = SCRIPTS | RULES | FOUNDATION
