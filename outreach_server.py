@@ -1,4 +1,4 @@
-"""The owner's HTTP API: find people, draft and send batches, import clients, record opt-outs, change the settings.
+"""The owner's page and HTTP API: find people, write batches, import clients, record opt-outs, change the settings.
 
 Run by systemd (systemd/outreach-server.service) or by hand. Touches the tables of quinn, icloud.send_queue and
 icloud.opt_outs, through composing, batches, importing, opt_outs, personal_data and settings. The contract is
@@ -31,6 +31,15 @@ import import_columns
 import importing
 import metrics
 import opt_outs
+import page
+import page_batch
+import page_check
+import page_import
+import page_login
+import page_new
+import page_people
+import page_settings
+import page_today
 import personal_data
 import quiet_times
 import report
@@ -58,6 +67,13 @@ PEOPLE = "/my/outreach/people"
 METRICS = "/metrics"
 HEALTH = "/healthz"
 UPLOADS = (CLIENTS, OPT_OUTS_IMPORT)
+
+# The pages; each module says which addresses are its own. And the addresses of the page that take a file.
+PAGES = (
+    page_login.ROUTES, page_today.ROUTES, page_batch.ROUTES, page_people.ROUTES, page_settings.ROUTES, page_new.ROUTES,
+    page_check.ROUTES, page_import.ROUTES,
+)  # fmt: skip
+PAGE_UPLOADS = (page_import.UPLOAD,)
 
 Connection = Any  # psycopg2's connection
 T = TypeVar("T")
@@ -430,11 +446,38 @@ def _flag(name: str) -> bool:
     return bool(value == "true")
 
 
+# --- the page and the API at one address --------------------------------------------------------------
+
+
+def make_site(api: Api, base_url: str | None) -> tuple[serving.Application, list[serving.Upload]]:
+    """The WSGI application of the API and of the owner's page, and which requests may have a long body."""
+    site = page.Site(api.token, api.quinn_url, api.icloud_url, api.interval, base_url)
+    api_app, page_app = make_app(api), page.make_app(site, [route for routes in PAGES for route in routes])
+    api_paths = {route.rule for route in api_app.routes}
+
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        path = environ["PATH_INFO"]
+        is_for_api = path.startswith("/my/") or path in api_paths
+        return (api_app if is_for_api else page_app)(environ, start_response)
+
+    may_upload = functools.partial(page.may_upload, site)
+    return application, [
+        api_upload(api.token),
+        serving.Upload(PAGE_UPLOADS, UPLOAD_LIMIT, may_upload),
+    ]
+
+
+def api_upload(token: str) -> serving.Upload:
+    """To whom a long body is open at the API."""
+    return serving.Upload(UPLOADS, UPLOAD_LIMIT, functools.partial(serving.has_token, token))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argparse.ArgumentParser(
-        description="Serve the owner's API over HTTP.",
+        description="Serve the owner's page and API over HTTP.",
         epilog="environment: OUTREACH_OWNER_TOKEN (needed), QUINN_DB_URL, QUINN_ICLOUD_DB_URL, OUTREACH_HOST, "
-        "OUTREACH_PORT, DISPATCH_INTERVAL_SECONDS and DEFAULT_REGION (the dispatcher's), LOG_LEVEL. "
+        "OUTREACH_PORT, OUTREACH_BASE_URL (the page's address in the browser), DISPATCH_INTERVAL_SECONDS and "
+        "DEFAULT_REGION (the dispatcher's), LOG_LEVEL. "
         "examples: python outreach_server.py; OUTREACH_PORT=8080 python outreach_server.py",
     ).parse_args(argv)
     runtime.load_settings()
@@ -445,10 +488,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     port = runtime.env_int("OUTREACH_PORT", 3030, lowest=0, highest=65_535)
     interval = timedelta(seconds=runtime.env_int("DISPATCH_INTERVAL_SECONDS", 30))
     handles.default_region()
-    app = make_app(Api(token, db.url("quinn"), db.url("icloud"), interval))
+    app, uploads = make_site(Api(token, db.url("quinn"), db.url("icloud"), interval), runtime.base_url())
     sockets = serving.open_sockets(host, port, "OUTREACH_HOST and OUTREACH_PORT")
-    upload = serving.Upload(UPLOADS, UPLOAD_LIMIT, token)
-    return serving.serve("outreach-server", app, sockets, serving.THREADS, upload)
+    return serving.serve("outreach-server", app, sockets, serving.THREADS, uploads)
 
 
 def entry_point() -> None:

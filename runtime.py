@@ -73,6 +73,22 @@ def owner_token() -> str:
     return token
 
 
+def base_url() -> str | None:
+    """Return OUTREACH_BASE_URL without a slash at its end; None if unset. Raises ConfigError if it is no address."""
+    text = (os.environ.get("OUTREACH_BASE_URL") or "").lower().rstrip("/")
+    if not text:
+        return None
+    match = re.fullmatch(r"(https?)://([a-z0-9.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", text)
+    if not match:
+        raise ConfigError(
+            f"OUTREACH_BASE_URL is {text!r}: set it to the page's address in the browser, without a path, such as "
+            "https://outreach.example.com"
+        )
+    # A browser's Host header has no default port.
+    port = "" if match[3] == {"http": ":80", "https": ":443"}[match[1]] else match[3] or ""
+    return f"{match[1]}://{match[2]}{port}"
+
+
 def _is_good_token(token: str) -> bool:
     return len(token) >= TOKEN_LENGTH and re.fullmatch("[!-~]+", token) is not None
 

@@ -18,7 +18,7 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import bottle
@@ -61,6 +61,7 @@ BEARER = re.compile(r"Bearer +([!-~]+) *", re.IGNORECASE)
 
 T = TypeVar("T")
 Data = dict[str, Any]
+Application = Callable[..., Any]  # as WSGI has it
 logger = logging.getLogger(__name__)
 
 
@@ -68,11 +69,14 @@ logger = logging.getLogger(__name__)
 
 
 class Upload(NamedTuple):
-    """Paths to which the holder of `token` may send a body of less than `limit` bytes."""
+    """Paths to which a request may send a body of less than `limit` bytes, if `is_allowed` says so of its headers.
+
+    `is_allowed` gets the headers by their names in capitals, with `_` for `-`. It must not wait for anything.
+    """
 
     paths: Sequence[str]
     limit: int
-    token: str
+    is_allowed: Callable[[Mapping[str, str]], bool]
 
 
 class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitress has no type hints
@@ -98,12 +102,12 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitre
         finally:
             if self.body_rcv is None:
                 self.expect_continue = False
-        upload: Upload | None = self.adj.upload
-        # The token is checked before the body is read, so that nobody else can fill the disk.
-        if upload and self.path in upload.paths and _is_token(self.headers.get("AUTHORIZATION", ""), upload.token):
-            self.adj = copy.copy(self.adj)
-            self.adj.max_request_body_size = upload.limit
-            self.is_upload = True
+        # Who sends it is checked before the body is read, so that nobody else can fill the disk.
+        for upload in self.adj.uploads:
+            if self.path in upload.paths and upload.is_allowed(self.headers):
+                self.adj = copy.copy(self.adj)
+                self.adj.max_request_body_size = upload.limit
+                self.is_upload = True
 
 
 class Task(waitress.task.WSGITask):  # type: ignore[misc]  # waitress has no type hints
@@ -177,7 +181,7 @@ class Server:
     """
 
     def __init__(
-        self, app: bottle.Bottle, sockets: Sequence[socket.socket], threads: int, upload: Upload | None = None
+        self, app: Application, sockets: Sequence[socket.socket], threads: int, uploads: Sequence[Upload] = ()
     ) -> None:
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         # If no descriptor is left for accept(), poll() reports the new connection in a busy loop.
@@ -198,7 +202,7 @@ class Server:
         self.servers = [entry for entry in self.map.values() if isinstance(entry, waitress.server.BaseWSGIServer)]
         for server in self.servers:
             server.channel_class = Channel
-            server.adj.upload = upload  # for Parser, to which waitress passes nothing else
+            server.adj.uploads = uploads  # for Parser, to which waitress passes nothing else
         self.stopping = False
         self.next_warning = 0.0  # time.monotonic()
 
@@ -266,12 +270,12 @@ class Server:
 
 
 def serve(
-    name: str, app: bottle.Bottle, sockets: Sequence[socket.socket], threads: int, upload: Upload | None = None
+    name: str, app: Application, sockets: Sequence[socket.socket], threads: int, uploads: Sequence[Upload] = ()
 ) -> int:
     """Serve on sockets that listen until SIGTERM or SIGINT, then end within 10 s; return the exit status."""
     logging.getLogger("waitress").addFilter(_filter_waitress)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns whenever a request waits for a thread
-    server = Server(app, sockets, threads, upload)
+    server = Server(app, sockets, threads, uploads)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
     for listening in sockets:
@@ -294,12 +298,12 @@ def _filter_waitress(record: logging.LogRecord) -> bool:
     """Remove the text of an exception, which may quote a message. Drop the lines that Server logs less often itself."""
     if record.exc_info and record.exc_info[1]:
         error = record.exc_info[1]
-        record.msg = f"{record.getMessage()} error={type(error).__name__}\n{_frames(error)}"
+        record.msg = f"{record.getMessage()} error={type(error).__name__}\n{frames(error)}"
         record.args, record.exc_info = (), None
     return not record.getMessage().startswith("total open connections")
 
 
-def _frames(error: BaseException) -> str:
+def frames(error: BaseException) -> str:
     """Return the stack of an exception without its text."""
     return "".join(traceback.format_tb(error.__traceback__))
 
@@ -362,6 +366,11 @@ def _bearer_token(authorization: str) -> str:
 
 def _is_token(authorization: str, expected: str) -> bool:
     return hmac.compare_digest(_bearer_token(authorization).encode(), expected.encode())
+
+
+def has_token(expected: str, headers: Mapping[str, str]) -> bool:
+    """Return whether a request's headers, by their names in capitals, have this bearer token."""
+    return _is_token(headers.get("AUTHORIZATION", ""), expected)
 
 
 def require_token(expected: str) -> None:
@@ -428,7 +437,7 @@ def _handle_errors(endpoint: Callable[..., object], url_variable: str) -> Callab
         except psycopg2.Error as error:
             _abort_statement(error)
         except Exception as error:  # noqa: BLE001  # a bug must end as a 500 in JSON, and its text must not be logged
-            logger.error("endpoint failed error=%s request=%r\n%s", type(error).__name__, _where(), _frames(error))
+            logger.error("endpoint failed error=%s request=%r\n%s", type(error).__name__, _where(), frames(error))
             abort(500, "the server failed; its log names the error")
         if isinstance(data, bottle.HTTPResponse):
             return data

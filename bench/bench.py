@@ -21,6 +21,7 @@ import http_rows
 import memory_rows
 import message_rows
 import metrics_rows
+import page_rows
 from environment import FULL, QUICK, Bench
 from table import Row, console, describe_machine, show, write_markdown
 
@@ -43,6 +44,8 @@ GROUPS = {
         composing_rows.search,
         composing_rows.draft,
         composing_rows.import_file,
+        page_rows.pages,
+        page_rows.open_pages,
     )
 }
 

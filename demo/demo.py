@@ -2,7 +2,8 @@
 
 `make demo` imports a CSV file, drafts and sends three batches, and compares the database with what left the Mac. `make
 run` (`--run`) runs the server and the dispatcher, for trying the API with curl. `make demo` has a PostgreSQL in a
-temporary directory, `make run` in ./pgdata. Example:
+temporary directory, `make run` in ./pgdata. `make demo-page` (`--page`) serves the owner's page over the demo's data,
+also after its end, until Ctrl-C. Example:
 
     python demo/demo.py --clients 12
 """
@@ -56,6 +57,7 @@ Progress = dict[str, Counter[str]]  # for each batch, how many of its items are 
 # Constants, so that documentation can show commands to paste. Without SEND_QUEUE_HOST, only this host can connect.
 DEVELOPMENT_TOKEN = "development-token"  # noqa: S105
 DEVICE_TOKEN = "development-device"  # noqa: S105
+OWNER_TOKEN = "development-owner"  # noqa: S105
 
 
 # --- processes ----------------------------------------------------------------------------------------
@@ -168,8 +170,8 @@ def stop_postgres(pid_file: Path) -> None:
 # --- make demo ----------------------------------------------------------------------------------------
 
 
-def demo(clients: int) -> int:
-    """Send the batches and compare the records; return 0 if they match."""
+def demo(clients: int, with_page: bool) -> int:
+    """Send the batches and compare the records; return 0 if they match. With the page, end at Ctrl-C."""
     say("Starting PostgreSQL, the server, the dispatcher and the sender ...\n\n")
     with temporary_postgres() as (url, directory), contextlib.closing(db.connect(url)) as conn, Children() as children:
         os.environ.update(
@@ -189,6 +191,7 @@ def demo(clients: int) -> int:
             SEND_QUEUE_PORT="0",
         )
         port = port_of(server)
+        page = serve_page(children, directory) if with_page else ""
         compose(clients)
         children.launch(
             "dispatcher",
@@ -203,7 +206,35 @@ def demo(clients: int) -> int:
             with contextlib.closing(messages):
                 messages.receive(last_handle(conn, "Your next appointment"), "Stop.")
                 watch(conn, children, mishaps)
-                return summary(conn, messages, mishaps)
+                status = summary(conn, messages, mishaps)
+                if page:
+                    keep_page(children, page)
+                return status
+
+
+def serve_page(children: Children, directory: Path) -> str:
+    """Start the outreach server; return what to say of its page."""
+    os.environ["OUTREACH_OWNER_TOKEN"] = OWNER_TOKEN
+    port = os.environ.get("OUTREACH_PORT") or "0"
+    outreach = children.launch(
+        "outreach server",
+        directory / "outreach.log",
+        "outreach_server.py",
+        OUTREACH_HOST="127.0.0.1",
+        OUTREACH_PORT=port,
+        DISPATCH_INTERVAL_SECONDS="1",
+    )
+    page = f"The owner's page: http://127.0.0.1:{port_of(outreach)}/   The token: {OWNER_TOKEN}\n"
+    say(f"{page}\n")
+    return page
+
+
+def keep_page(children: Children, page: str) -> None:
+    """Leave everything running until Ctrl-C."""
+    say(f"{page}Everything runs until Ctrl-C.\n")
+    while True:
+        children.check()
+        time.sleep(0.2)
 
 
 def prepare(conn: Any) -> None:
@@ -221,7 +252,9 @@ def compose(clients: int) -> None:
     say(f"$ python outreach.py import {PEOPLE.relative_to(ROOT)} --yes\n{outreach('import', str(PEOPLE), '--yes')}\n")
     for number, (name, city) in enumerate(BATCHES.items()):
         count = clients // len(BATCHES) + (number < clients % len(BATCHES))
-        query = {"v": 1, "where": {"all": [{"field": "city", "eq": city}]}, "limit": count}
+        # Without the second condition, the number of messages would depend on whose random ids come first.
+        where = {"all": [{"field": "city", "eq": city}, {"field": "handle.kind", "eq": "phone"}]}
+        query = {"v": 1, "where": where, "limit": count}
         news = ("--query", json.dumps(query), "--var", f"news={name}.")
         made = json.loads(outreach("draft", "--name", name, *news, "--template", "-", "--json", text=TEXT))
         outreach("send", made["id"], "--yes", "--recipients", str(made["items"]), "--digest", made["digest"])
@@ -502,6 +535,7 @@ def main() -> int:
         metavar="N",
         help=f"number of people to write to, 3 to {MOST_CLIENTS}; default %(default)s",
     )
+    parser.add_argument("--page", action="store_true", help="serve the owner's page, also after the end, until Ctrl-C")
     parser.add_argument("--run", action="store_true", help="only run the server and the dispatcher, until Ctrl-C")
     arguments = parser.parse_args()
     if not 3 <= arguments.clients <= MOST_CLIENTS:
@@ -509,7 +543,7 @@ def main() -> int:
     for number in STOP_SIGNALS:
         signal.signal(number, stop)
     try:
-        return run() if arguments.run else demo(arguments.clients)
+        return run() if arguments.run else demo(arguments.clients, arguments.page)
     except KeyboardInterrupt:
         say("\nStopped all processes.\n")
         return 130

@@ -18,12 +18,11 @@ import contextlib
 import importlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import bottle
 import hypothesis
 import pytest
 import responses
@@ -49,6 +48,8 @@ import outreach_server
 import quiet_times
 import send_queue_server
 import serving
+
+pytest_plugins = ["browser", "page_browser"]
 
 
 @contextlib.contextmanager
@@ -80,17 +81,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # The files that `make owner-test` runs.
 OWNER_TESTS = {
-    "alert", "approved", "audience", "composing", "composing_clients", "composing_recipients", "composing_whole",
-    "importing", "metrics", "openapi_owner", "outreach", "outreach_server", "owner_opt_outs", "packaging",
-    "personal_data", "quiet_times", "screens", "settings", "templates", "unusual", "zones",
+    "alert", "approved", "audience", "audience_rows", "composing", "composing_clients", "composing_recipients",
+    "composing_whole", "compositions", "importing", "metrics", "openapi_owner", "outreach", "outreach_server",
+    "owner_opt_outs", "packaging", "page", "page_new", "page_people", "page_settings", "page_today", "personal_data",
+    "quiet_times", "repeats", "screens", "sessions", "settings", "templates", "unusual", "uploads", "zones",
 }  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of what the owner uses: together with all others they would take longer than two minutes."""
+    """Mark the tests of what the owner uses, and those in a browser: all together they take longer than two minutes."""
     for item in items:
-        if item.path.stem.removeprefix("test_") in OWNER_TESTS:
+        if "chromium" in getattr(item, "fixturenames", ()):
+            item.add_marker("page")
+        elif item.path.stem.removeprefix("test_") in OWNER_TESTS:
             item.add_marker("owner")
 
 
@@ -206,16 +210,18 @@ def world(databases: Databases) -> TestData:
 
 
 @contextlib.contextmanager
-def running_server(app: bottle.Bottle, upload: serving.Upload | None = None) -> Iterator[str]:
+def running_server(app: serving.Application, uploads: Sequence[serving.Upload] = ()) -> Iterator[str]:
     """Serve on a free port, in a thread of this process; yield the URL."""
     listening = serving.listen("127.0.0.1", 0)
-    server = serving.Server(app, [listening], threads=4, upload=upload)
+    server = serving.Server(app, [listening], threads=4, uploads=uploads)
     thread = threading.Thread(target=server.run)
     thread.start()
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server.stop()
-    thread.join()
-    server.close()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:  # else a test that fails in a `with` would leave a thread for which the process waits
+        server.stop()
+        thread.join()
+        server.close()
 
 
 @pytest.fixture
@@ -256,8 +262,7 @@ def admin(base_url: str) -> ApiClient:
 def owner_url(databases: Databases) -> Iterator[str]:
     """The outreach server on a real socket, over the test's databases."""
     api = outreach_server.Api(OWNER_TOKEN, databases.quinn_url, databases.icloud_url, timedelta(seconds=30))
-    upload = serving.Upload(outreach_server.UPLOADS, outreach_server.UPLOAD_LIMIT, OWNER_TOKEN)
-    with running_server(outreach_server.make_app(api), upload) as url:
+    with running_server(outreach_server.make_app(api), [outreach_server.api_upload(OWNER_TOKEN)]) as url:
         yield url
 
 

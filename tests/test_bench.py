@@ -23,6 +23,8 @@ GROUPS = {
     "search": 1,
     "draft": 3,
     "import_file": 1,
+    "pages": 10,
+    "open_pages": 1,
 }
 GROUPS_WITH_PEERS = {"requests": 16, "message": 6}
 PEERS = ("asyncpg", "httptools", "pgqueuer", "procrastinate", "starlette", "uvicorn", "uvloop")

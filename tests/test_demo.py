@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 from testing import ROOT, wait_until
 
 pytestmark = pytest.mark.mac  # its device is the sender
@@ -89,6 +90,28 @@ def test_ctrl_c_stops_all_demo_processes(environment: dict[str, str], directory:
     os.killpg(demo.pid, signal.SIGINT)  # as a terminal does: to all of its foreground group
     assert demo.wait(20) == 130
     os.close(ours)
+    assert left_behind(directory) == []
+
+
+def test_the_demo_says_where_the_page_is_and_serves_it_until_ctrl_c(
+    environment: dict[str, str], directory: Path
+) -> None:
+    log = directory / "demo.log"
+    with log.open("wb") as stdout:
+        demo = subprocess.Popen(
+            [*COMMAND, "--page"],
+            cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=stdout, start_new_session=True,
+        )  # fmt: skip
+    wait_until(lambda: "Everything runs until Ctrl-C." in log.read_text(), 60)
+    said = re.findall(r"page: (http://\S+/)   The token: (\S+)", log.read_text())
+    assert len(said) == 2, "at the beginning, and at the end"
+    url, token = said[-1]
+    with requests.Session() as browser:
+        headers = {"Sec-Fetch-Site": "same-origin"}
+        shown = browser.post(f"{url}login", {"password": token}, headers=headers, timeout=10)
+    assert "Nothing to send." in shown.text
+    os.killpg(demo.pid, signal.SIGINT)
+    assert demo.wait(20) == 130
     assert left_behind(directory) == []
 
 
