@@ -23,7 +23,7 @@ owner-test: .venv/test  ## run the tests of composing, importing, the owner's AP
 	PYTHONHASHSEED=0 $(BIN)/python -m pytest -m 'owner and not faults' -n 3
 
 page-test: .venv/page  ## run the tests of the owner's page in a real browser: Debian's chromium
-	PYTHONHASHSEED=0 $(BIN)/python -m pytest -m page -n 2
+	PYTHONHASHSEED=0 $(BIN)/python -m pytest -m page -n 4
 
 pictures: .venv/page  ## take the pictures of the owner's page for the documentation from the running demo
 	@$(BIN)/python tools/pictures.py docs/pictures
