@@ -174,7 +174,7 @@ def open_pages(bench: Bench) -> Iterator[Row]:
                 sample = paced(connections, polls, CLIENT_INTERVAL, 20 * bench.size.seconds)
             cuts.append(statistics.quantiles(sample.latencies, n=100)[98])
     what = f"p99 of a poll while {OPEN_PAGES} open pages refresh themselves"
-    yield compared(what, "no page is open", [cuts[0]], [cuts[1]], Target(at_most=5), milliseconds)
+    yield compared(what, "no page is open", [cuts[0]], [cuts[1]], Target(at_most=1.5), milliseconds)
 
 
 @contextlib.contextmanager
